@@ -1,0 +1,11 @@
+"""2-bit weights for JAX: quantise, pack, and multiply without unpacking."""
+
+from .layout import LAYOUT_VERSION as LAYOUT_VERSION
+from .matmul import explain as explain
+from .matmul import matmul as matmul
+from .pack import pack as pack
+from .pack import unpack as unpack
+from .reference import dequantize as dequantize
+from .types import QuantTensor as QuantTensor
+
+__version__ = "0.1.0"

@@ -1,0 +1,272 @@
+"""The matmul primitive: types, lowerings, batching, differentiation.
+
+``matmul_p`` is what JAX transforms. Its operands are x [M, K], words, scales [groups, N] and, when the
+weight has them, zeros [groups, N]; its parameters:
+
+    k          the weight's K (words only know it rounded up)
+    out_dtype  of the result
+    transpose  False: x [M, K] @ W -> [M, N].  True: x [M, N] @ W.T -> [M, K]
+    bits       of a code
+    backend    None or a name of _ffi.KNOWN_BACKENDS
+
+It lowers to ``_call_p``, which is one call into one back end and knows nothing of transformations.
+Partitioning belongs between the two.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from . import _ffi
+from .layout import layout
+from .pack import unpack
+from .reference import HIGHEST, matmul_reference, repeat_groups
+from .types import FLOATS, check_weights
+
+matmul_p = Primitive("jax_trirun_matmul")
+_call_p = Primitive("jax_trirun_matmul_call")
+
+
+def bind_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    k: int,
+    out_dtype: Any,
+    transpose: bool = False,
+    bits: int = 2,
+    backend: str | None = None,
+) -> jax.Array:
+    """Bind the primitive, with all operands varying over the same manual mesh axes.
+
+    Inside ``jax.shard_map(check_vma=True)`` an operand that is the same on all devices needs its
+    cotangent summed over them. pcast says so, and its transpose does the sum; without it gradients are
+    silently wrong.
+    """
+    operands = [x, words, scales] if zeros is None else [x, words, scales, zeros]
+    return matmul_p.bind(
+        *_same_varying_axes(operands),
+        k=k, out_dtype=np.dtype(out_dtype), transpose=transpose, bits=bits, backend=backend,
+    )  # fmt: skip
+
+
+def _varying_axes(array: Any) -> frozenset:
+    aval = jax.typeof(array)
+    return frozenset(getattr(aval, "vma", None) or ())
+
+
+def _same_varying_axes(operands: list) -> list:
+    union = frozenset().union(*(_varying_axes(a) for a in operands))
+    if not union:
+        return operands
+    missing = [tuple(sorted(union - _varying_axes(a), key=str)) for a in operands]
+    return [jax.lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(operands, missing, strict=True)]
+
+
+# ---- Types ------------------------------------------------------------------------------------------
+
+
+def _abstract_eval(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend):
+    del backend
+    n, _ = check_weights("matmul", words, scales, zeros[0] if zeros else None, k=k, bits=bits)
+    inner, outer = (n, k) if transpose else (k, n)
+    if str(x.dtype) not in FLOATS or str(out_dtype) not in FLOATS:
+        raise TypeError(f"matmul: x and out_dtype must be 16- or 32-bit floats, got {x.dtype} and {out_dtype}")
+    if x.ndim != 2 or x.shape[1] != inner:
+        raise ValueError(f"matmul: x must have shape [M, {inner}], got {x.shape}")
+    return x.update(
+        shape=(x.shape[0], outer), dtype=np.dtype(out_dtype), weak_type=False, sharding=_out_sharding(x, scales, transpose)
+    )
+
+
+def _out_sharding(x, scales, transpose):
+    """With explicit mesh axes: rows as x's rows are, columns as the weight's; else nothing to say."""
+    if x.sharding.mesh.empty:
+        return scales.sharding if not scales.sharding.mesh.empty else x.sharding
+    rows, columns = x.sharding.spec[0], None
+    if not scales.sharding.mesh.empty:
+        columns = scales.sharding.spec[0 if transpose else 1]
+    names = [set(a if isinstance(a, tuple) else (a,)) - {None} for a in (rows, columns)]
+    if names[0] & names[1]:
+        columns = None
+    return jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec(rows, columns))
+
+
+# ---- Lowering ---------------------------------------------------------------------------------------
+
+
+def _reference(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend):
+    del backend
+    return matmul_reference(
+        x, words, scales, zeros[0] if zeros else None,
+        k=k, out_dtype=out_dtype, transpose=transpose, bits=bits,
+    )  # fmt: skip
+
+
+_lower_reference = mlir.lower_fun(_reference, multiple_results=False)
+
+
+def ffi_reason(platform: str, params: dict, x_shape, x_dtype, scales_shape) -> str:
+    """Why the platform's FFI call does not take this product, or "" when it does."""
+    if params["backend"] == "reference":
+        return "backend='reference' was asked for"
+    name = params["backend"] or platform
+    backend = _ffi.BACKENDS.get(name)
+    if backend is None:
+        return f"this installation has no module for {platform}"
+    if params["transpose"]:
+        return "a product with the transposed weight has no kernel yet"
+    if params["bits"] != 2:
+        return f"bits={params['bits']} has no kernel yet"
+    if params["out_dtype"] not in (np.dtype(x_dtype), np.dtype("float32")):
+        return "the result is neither float32 nor of x's dtype"
+    if platform == "cpu":
+        return ""
+    if str(x_dtype) == "float32":
+        return "float32 activations would lose precision in the CUDA kernels"
+    m, _ = x_shape
+    groups, n = scales_shape
+    if not isinstance(m, int):
+        return "a kernel's scratch needs to know M"
+    if not backend.module.supports(m, n, params["k"], groups, str(x_dtype), bool(backend.attributes["portable"])):
+        return "no CUDA kernel covers this shape"
+    return ""
+
+
+def _lower_ffi(platform: str):
+    def rule(ctx, *operands, **params):
+        if error := _ffi.platform_error(params["backend"], platform):
+            raise ValueError(error)
+        x, _, scales = ctx.avals_in[:3]
+        if ffi_reason(platform, params, x.shape, x.dtype, scales.shape):
+            return _lower_reference(ctx, *operands, **params)
+        avals_in, avals_out = list(ctx.avals_in), list(ctx.avals_out)
+        if len(operands) == 3:  # no zeros: the handler takes an array with no rows
+            none = np.zeros((0, scales.shape[1]), np.float32)
+            operands = (*operands, mlir.ir_constant(none))
+            avals_in.append(jax.core.ShapedArray(none.shape, none.dtype))
+        backend = _ffi.BACKENDS[params["backend"] or platform]
+        if platform == "cuda":
+            groups, n = scales.shape
+            size = backend.module.scratch_bytes(
+                x.shape[0], n, params["k"], groups, str(x.dtype), bool(backend.attributes["portable"])
+            )
+            avals_out.append(jax.core.ShapedArray((size,), np.dtype("uint8")))
+        ctx = ctx.replace(avals_in=avals_in, avals_out=avals_out)
+        return jax.ffi.ffi_lowering(_ffi.MATMUL_TARGET)(ctx, *operands, **backend.attributes)[:1]
+
+    return rule
+
+
+def _lower_elsewhere(ctx, *operands, **params):
+    if error := _ffi.platform_error(params["backend"], "another platform"):
+        raise ValueError(error)
+    return _lower_reference(ctx, *operands, **params)
+
+
+mlir.register_lowering(_call_p, _lower_elsewhere)
+for _platform in {b.platform for b in _ffi.BACKENDS.values()}:
+    mlir.register_lowering(_call_p, _lower_ffi(_platform), platform=_platform)
+mlir.register_lowering(matmul_p, mlir.lower_fun(_call_p.bind, multiple_results=False))
+
+for _p in (matmul_p, _call_p):
+    _p.def_abstract_eval(_abstract_eval)
+matmul_p.def_impl(lambda *operands, **params: xla.apply_primitive(matmul_p, *operands, **params))
+_call_p.def_impl(lambda *operands, **params: xla.apply_primitive(_call_p, *operands, **params))
+
+
+# ---- Batching ---------------------------------------------------------------------------------------
+
+
+def _batch(args, dims, **params):
+    """x alone is batched: its batch joins M. Anything else: one product after the other."""
+    args = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]
+    batched = [d is not None for d in dims]
+    if batched[0] and not any(batched[1:]):
+        b, m, inner = args[0].shape
+        y = bind_matmul(args[0].reshape(b * m, inner), *args[1:], **params)
+        return y.reshape(b, m, y.shape[1]), 0
+
+    def one(slices):
+        rest = iter(slices)
+        return bind_matmul(*(next(rest) if is_in else a for a, is_in in zip(args, batched, strict=True)), **params)
+
+    return jax.lax.map(one, tuple(a for a, is_in in zip(args, batched, strict=True) if is_in)), 0
+
+
+batching.primitive_batchers[matmul_p] = _batch
+
+
+# ---- Differentiation ----------------------------------------------------------------------------------
+#
+# With P = sum_m x[m, k] y_bar[m, n], and g the group of k:
+#
+#     y[m, n]      = sum_k x[m, k] s[g, n] (c[k, n] - z[g, n])      linear in x, in s, affine in z
+#     x_bar[m, k]  = (y_bar @ W.T)[m, k]                            the primitive, transposed
+#     s_bar[g, n]  = sum_{k in g} P[k, n] (c[k, n] - z[g, n])
+#     y_dot (of z) = - (sum_{k in g} x[m, k]) @ (s * z_dot)
+#
+# All of it is again made of differentiable operations, so derivatives of any order follow. The
+# transposed product is the same with the roles of x and y_bar exchanged.
+
+
+def _jvp(primals, tangents, **params):
+    x, words, scales, *zeros = primals
+    x_dot, _, scales_dot, *zeros_dot = tangents
+    y = bind_matmul(*primals, **params)
+    terms = []
+    if not isinstance(x_dot, ad.Zero):
+        terms.append(bind_matmul(x_dot, words, scales, *zeros, **params))
+    if not isinstance(scales_dot, ad.Zero):
+        terms.append(bind_matmul(x, words, scales_dot, *zeros, **params))
+    if zeros and not isinstance(zeros_dot[0], ad.Zero):
+        terms.append(_zeros_tangent(x, scales, zeros_dot[0], **params))
+    if not terms:
+        return y, ad.Zero(jax.typeof(y).to_tangent_aval())
+    return y, sum(terms[1:], start=terms[0])
+
+
+def _zeros_tangent(x, scales, zeros_dot, *, k, out_dtype, transpose, **_):
+    """The product with dW = -scales * zeros_dot, which is constant along k inside a group."""
+    dw = -scales.astype(jnp.float32) * zeros_dot.astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    m, groups = x.shape[0], scales.shape[0]
+    if transpose:
+        per_group = jnp.matmul(x, dw.T, precision=HIGHEST)
+        return jnp.repeat(per_group, k // groups, axis=1, total_repeat_length=k).astype(out_dtype)
+    sums = jnp.sum(x.reshape(m, groups, k // groups), axis=2)
+    return jnp.matmul(sums, dw, precision=HIGHEST).astype(out_dtype)
+
+
+def _transpose(ct, x, words, scales, *zeros, k, out_dtype, transpose, bits, backend):
+    results: list[Any] = [None] * (3 + len(zeros))
+    if isinstance(ct, ad.Zero):
+        return results
+    if ad.is_undefined_primal(x):
+        results[0] = bind_matmul(
+            ct, words, scales, *zeros,
+            k=k, out_dtype=x.aval.dtype, transpose=not transpose, bits=bits, backend=backend,
+        )  # fmt: skip
+    else:
+        along_k, along_n = (ct, x) if transpose else (x, ct)
+        s_bar = _scales_cotangent(along_k, along_n, words, zeros[0] if zeros else None, scales.aval.shape[0], k, bits)
+        results[2] = s_bar.astype(scales.aval.dtype)
+    return results
+
+
+def _scales_cotangent(along_k, along_n, words, zeros, groups, k, bits):
+    n = along_n.shape[1]
+    p = jnp.matmul(along_k.astype(jnp.float32).T, along_n.astype(jnp.float32), precision=HIGHEST)
+    codes = unpack(words, (k, n), bits=bits).astype(jnp.float32)
+    zero = layout(bits).zero_point if zeros is None else repeat_groups(zeros.astype(jnp.float32), k)
+    return jnp.sum((p * (codes - zero)).reshape(groups, k // groups, n), axis=1)
+
+
+ad.primitive_jvps[matmul_p] = _jvp
+ad.primitive_transposes[matmul_p] = _transpose
