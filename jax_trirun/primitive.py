@@ -57,8 +57,7 @@ def bind_matmul(
 
 
 def _varying_axes(array: Any) -> frozenset:
-    aval = jax.typeof(array)
-    return frozenset(getattr(aval, "vma", None) or ())
+    return frozenset(jax.typeof(array).mat.varying)  # mat: the type's manual axes
 
 
 def _same_varying_axes(operands: list) -> list:
