@@ -1,0 +1,233 @@
+"""The decoder against the same equations written once more in NumPy float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, sample
+
+SMALL = LlamaConfig(
+    vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2,
+    max_positions=64, rope_theta=500.0,
+)
+
+
+def numpy_llama(weights, config, tokens):
+    """Logits [T, vocab] of one sequence, float64, one head and one position at a time."""
+
+    def rms_norm(x, scale):
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_eps) * scale
+
+    def turn(vector, position):
+        pairs = len(vector) // 2
+        out = np.empty_like(vector)
+        for i in range(pairs):
+            angle = position / config.rope_theta ** (2 * i / len(vector))
+            if config.rope_factors is not None:
+                angle /= config.rope_factors[i]
+            a, b = vector[i], vector[i + pairs]
+            out[i] = a * np.cos(angle) - b * np.sin(angle)
+            out[i + pairs] = a * np.sin(angle) + b * np.cos(angle)
+        return out
+
+    width, share = config.head_dim, config.num_heads // config.num_kv_heads
+    x = weights["embed"][tokens]
+    for layer in weights["layers"]:
+        normed = rms_norm(x, layer["input_norm"])
+        q, k, v = (normed @ layer[name] for name in ("q_proj", "k_proj", "v_proj"))
+        mixed = np.zeros_like(q)
+        for head in range(config.num_heads):
+            mine = slice(head * width, (head + 1) * width)
+            theirs = slice(head // share * width, (head // share + 1) * width)
+            keys = np.stack([turn(k[t, theirs], t) for t in range(len(tokens))])
+            for t in range(len(tokens)):
+                scores = keys[: t + 1] @ turn(q[t, mine], t) / np.sqrt(width)
+                chance = np.exp(scores - scores.max())
+                mixed[t, mine] = chance / chance.sum() @ v[: t + 1, theirs]
+        x = x + mixed @ layer["o_proj"]
+        normed = rms_norm(x, layer["mlp_norm"])
+        gate = normed @ layer["gate_proj"]
+        x = x + (gate / (1 + np.exp(-gate)) * (normed @ layer["up_proj"])) @ layer["down_proj"]
+    x = rms_norm(x, weights["norm"])
+    return x @ (weights["embed"].T if config.tie_embeddings else weights["lm_head"])
+
+
+def float64_weights(model):
+    def get(variable):
+        return np.asarray(variable[...], np.float64)
+
+    def layer(block):
+        linears = {**vars(block.self_attn), **vars(block.mlp)}
+        return {
+            "input_norm": get(block.input_norm.scale),
+            "mlp_norm": get(block.mlp_norm.scale),
+            **{name: get(m.kernel) for name, m in linears.items() if name.endswith("_proj")},
+        }
+
+    weights = {
+        "embed": get(model.embed.embedding),
+        "norm": get(model.norm.scale),
+        "layers": [layer(block) for block in model.layers],
+    }
+    if not model.config.tie_embeddings:
+        weights["lm_head"] = get(model.lm_head.kernel)
+    return weights
+
+
+def random_model(config, seed=0):
+    """Random weights, the norms' too: their initial ones would hide a norm that is not applied."""
+    model = Llama(config, rngs=nnx.Rngs(seed))
+    state = nnx.state(model)
+    leaves, tree = jax.tree.flatten(state)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        jnp.asarray(1 + 0.3 * rng.standard_normal(a.shape) if a.ndim == 1
+                    else 2 * rng.standard_normal(a.shape) / np.sqrt(a.shape[0]), a.dtype)
+        for a in leaves
+    ]
+    nnx.update(model, jax.tree.unflatten(tree, drawn))
+    return model
+
+
+def tokens_of(config, length, seed=1):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, length)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"num_kv_heads": 1},
+        {"num_kv_heads": 4, "head_dim": 8},
+        {"rope_factors": tuple(1.0 + 0.5 * i for i in range(8))},
+        {"rms_eps": 0.1},
+    ],
+    ids=lambda c: ",".join(c) or "tied",
+)
+def test_logits_are_those_of_the_float64_equations(changes):
+    config = dataclasses.replace(SMALL, **{"head_dim": None, **changes})
+    model = random_model(config)
+    tokens = tokens_of(config, 19)
+    wanted = numpy_llama(float64_weights(model), config, tokens)
+    got = np.asarray(model(jnp.asarray(tokens)[None]))[0]
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_decoding_gives_the_logits_of_the_whole_sequence_at_every_position():
+    model = random_model(SMALL)
+    tokens = tokens_of(SMALL, 24)
+    whole = np.asarray(model(jnp.asarray(tokens)[None]))[0]
+    decoder = Decoder(model, max_length=32)
+    for start in (1, 7, 16, 17):
+        logits, cache = decoder.prefill([tokens[:start]])
+        seen = [logits[0]]
+        for token in tokens[start:]:
+            logits, cache = decoder.step(np.asarray([token], np.int32), cache)
+            seen.append(logits[0])
+        np.testing.assert_allclose(np.stack(seen), whole[start - 1 :], rtol=0, atol=1e-4)
+        assert cache.lengths.tolist() == [24]
+
+
+def test_a_batch_of_unequal_prompts_decodes_each_as_if_alone():
+    model = random_model(SMALL)
+    prompts = [tokens_of(SMALL, n, seed=n) for n in (3, 11, 6)]
+    following = tokens_of(SMALL, 15, seed=5).reshape(5, 3).astype(np.int32)
+    together = Decoder(model, max_length=32, batch=3)
+    logits, cache = together.prefill(prompts)
+    seen = [logits]
+    for column in following:
+        logits, cache = together.step(column, cache)
+        seen.append(logits)
+    seen = np.stack(seen)
+    for row, prompt in enumerate(prompts):
+        alone = np.concatenate([prompt, following[:, row]])
+        wanted = np.asarray(model(jnp.asarray(alone)[None]))[0, len(prompt) - 1 :]
+        np.testing.assert_allclose(seen[:, row], wanted, rtol=0, atol=1e-4)
+
+
+def test_a_cache_can_be_filled_in_pieces():
+    model = random_model(SMALL)
+    tokens = jnp.asarray(tokens_of(SMALL, 12))[None]
+    whole = model(tokens)
+    first, cache = model(tokens[:, :5], KVCache.empty(SMALL, 1, 16))
+    second, cache = model(tokens[:, 5:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=0, atol=1e-4)
+
+
+def test_the_decode_step_updates_the_cache_in_place():
+    decoder = Decoder(random_model(SMALL), max_length=32)
+    _, cache = decoder.prefill([[1, 2, 3]])
+    before = [a.unsafe_buffer_pointer() for a in (*cache.keys, *cache.values)]
+    old = cache.keys[0]
+    _, cache = decoder.step(np.asarray([4], np.int32), cache)
+    assert [a.unsafe_buffer_pointer() for a in (*cache.keys, *cache.values)] == before
+    assert old.is_deleted()
+
+
+def test_a_whole_cache_can_be_used():
+    model = random_model(SMALL)
+    tokens = tokens_of(SMALL, 20)
+    decoder = Decoder(model, max_length=20)
+    logits, cache = decoder.prefill([tokens[:18]])
+    for token in tokens[18:]:
+        logits, cache = decoder.step(np.asarray([token], np.int32), cache)
+    whole = np.asarray(model(jnp.asarray(tokens)[None]))[0, -1]
+    np.testing.assert_allclose(logits[0], whole, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_stays_near_float32():
+    model = random_model(SMALL)
+    graph, state = nnx.split(model)
+    low = Llama(SMALL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    nnx.update(low, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
+    tokens = jnp.asarray(tokens_of(SMALL, 16))[None]
+    wanted, got = model(tokens), low(tokens)
+    assert got.dtype == jnp.float32
+    assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+def test_sampling():
+    logits = jnp.log(jnp.asarray([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1]]))
+    key = jax.random.key(0)
+    assert sample(logits, key, 0.0).tolist() == [1, 0]
+    keys = jax.random.split(key, 4000)
+    drawn = np.asarray(jax.vmap(lambda k: sample(logits, k, 1.0))(keys))
+    shares = np.stack([np.bincount(drawn[:, row], minlength=3) / 4000 for row in (0, 1)])
+    np.testing.assert_allclose(shares, jnp.exp(logits), atol=0.04)
+    cold = np.asarray(jax.vmap(lambda k: sample(logits, k, 0.05))(keys))
+    assert (cold == [1, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got num_kv_heads=3, num_heads=4"),
+        ({"hidden_size": 66}, "num_heads must divide hidden_size, got num_heads=4, hidden_size=66"),
+        ({"head_dim": 7}, "head_dim must be even, got 7"),
+        ({"num_layers": 0}, "num_layers must be positive, got 0"),
+        ({"rope_factors": (1.0,)}, "rope_factors must have head_dim / 2 = 8 numbers, got 1"),
+    ],
+)
+def test_wrong_configurations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **{"head_dim": None, **changes})
+
+
+def test_wrong_prompts():
+    model = random_model(SMALL)
+    with pytest.raises(ValueError, match=r"max_length must be in 1 \.\. 64 .* got 65"):
+        Decoder(model, max_length=65)
+    decoder = Decoder(model, max_length=8)
+    with pytest.raises(ValueError, match="at least one token"):
+        decoder.prefill([[]])
+    with pytest.raises(ValueError, match="9 tokens does not fit max_length=8"):
+        decoder.prefill([[1] * 9])
+    with pytest.raises(ValueError, match="wanted batch=1 prompts, got 2"):
+        decoder.prefill([[1], [2]])
+    with pytest.raises(ValueError, match=r"tokens must be in 0 \.\. 96, got 5 \.\. 97"):
+        decoder.prefill([[5, 97]])
