@@ -1,7 +1,7 @@
 """The public call: checks, messages, and what will run where."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,20 @@ def matmul(
     return y.reshape(*lead, y.shape[1]).astype(params["out_dtype"])
 
 
+class Costs(NamedTuple):
+    """What one product must read and write at least, and compute."""
+
+    weight_bytes: int
+    activation_bytes: int  # x and y, both in x's dtype
+    flops: int
+
+
+def costs(m: int, k: int, n: int, x_dtype: Any, weight_arrays: Any) -> Costs:
+    """The costs of x[m, k] @ W[k, n], where ``weight_arrays`` (arrays, None, a pytree) hold W."""
+    weights = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(weight_arrays))
+    return Costs(weights, m * (k + n) * jnp.dtype(x_dtype).itemsize, 2 * m * k * n)
+
+
 def explain(x: Any, qw: Any, s: Any = None, zeros: Any = None, *, backend: str | None = None) -> str:
     """Which implementation ``matmul(x, qw, s, zeros)`` takes here, why, and the bytes and flops it needs.
 
@@ -70,17 +84,16 @@ def explain(x: Any, qw: Any, s: Any = None, zeros: Any = None, *, backend: str |
         why = "asked for" if backend else f"the best for platform {platform!r}"
         if name == "cpu":
             what += f" ({_ffi.cpu_module.current_isa()})"
-    weights = sum(math.prod(a.shape) * a.dtype.itemsize for a in (words, s, zeros) if a is not None)
-    moved = m * (k + n) * x.dtype.itemsize
-    ratio = 16 * k * n / (8 * weights) if weights else math.nan
+    cost = costs(m, k, n, x.dtype, (words, s, zeros))
+    ratio = 2 * k * n / max(cost.weight_bytes, 1)
     return "\n".join(
         (
             f"matmul [{m}, {k}] {x.dtype} @ [{k}, {n}] {params['bits']}-bit, {groups} groups, scales {s.dtype}"
             + (", zeros" if zeros is not None else ""),
             f"runs: {what}",
             f"why: {why}",
-            f"bytes: {weights:,} of weight (1/{ratio:.2f} of 16-bit), {moved:,} of x and y",
-            f"flops: {2 * m * k * n:,} ({2 * m * k * n / max(weights + moved, 1):.1f} a byte)",
+            f"bytes: {cost.weight_bytes:,} of weight (1/{ratio:.2f} of 16-bit), {cost.activation_bytes:,} of x and y",
+            f"flops: {cost.flops:,} ({cost.flops / max(cost.weight_bytes + cost.activation_bytes, 1):.1f} a byte)",
         )
     )
 
