@@ -1,109 +1,166 @@
-// One straightforward kernel, for any machine.
+// How a matmul is cut into tasks. The cuts are along M and N only, so that every element of y is
+// summed in the same order whoever computes it.
 #include "matmul.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
-#include <vector>
+#include <new>
+
+#include "kernels.h"
 
 namespace jax_trirun::cpu {
 namespace {
 
-float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  uint32_t rest = h & 0x7fffu;
-  uint32_t bits;
-  if (rest >= 0x7c00u) {
-    bits = 0x7f800000u | ((rest & 0x3ffu) << 13);
-  } else if (rest >= 0x400u) {
-    bits = (rest << 13) + (112u << 23);
+using Codes = Layout<2>;
+
+// Enough tasks to keep the last one from mattering on some dozens of threads.
+constexpr int64_t kWantedTasks = 64;
+// A task's columns, in blocks: a 4 KB page of words at a time, a few times over.
+constexpr int64_t kMaxStripBlocks = 16;
+// Rows that share one decoded panel of weights.
+constexpr int64_t kMaxRegionRows = 96;
+// Staged rows and tables of one round: what a last-level cache can hold.
+constexpr int64_t kScratchBytes = 4 << 20;
+// Below these, waking other threads costs more than it saves.
+constexpr int64_t kSerialProducts = 1 << 18;
+constexpr int64_t kSerialStagedFloats = 1 << 14;
+constexpr int64_t kStageBlocks = 8;
+constexpr int64_t kTableBytes = 32;  // of the tables, for each element of x
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : data_(static_cast<float*>(::operator new(floats * sizeof(float), kAlignment))) {}
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* data_;
+};
+
+void run_tasks(int64_t tasks, bool serial, const ParallelFor& parallel_for,
+               const std::function<void(int64_t)>& body) {
+  if (serial || tasks == 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
   } else {
-    const float value = static_cast<float>(rest) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &value, 4);
-  }
-  bits |= sign;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-float load(const void* data, DType type, int64_t i) {
-  if (type == DType::kF32) return static_cast<const float*>(data)[i];
-  const uint16_t h = static_cast<const uint16_t*>(data)[i];
-  if (type == DType::kF16) return half_to_float(h);
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-uint16_t float_to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-uint16_t float_to_half(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
-  u &= 0x7fffffffu;
-  if (u > 0x7f800000u) return sign | 0x7e00u;
-  if (u >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above round to infinity
-  if (u < 0x38800000u) {                        // subnormal: let the addition round
-    float v;
-    std::memcpy(&v, &u, 4);
-    v += 0.5f;
-    std::memcpy(&u, &v, 4);
-    return static_cast<uint16_t>(sign | (u - 0x3f000000u));
-  }
-  u += 0xfffu + ((u >> 13) & 1u) - (112u << 23);
-  return static_cast<uint16_t>(sign | (u >> 13));
-}
-
-void store(void* data, DType type, int64_t i, float value) {
-  if (type == DType::kF32) {
-    static_cast<float*>(data)[i] = value;
-  } else {
-    static_cast<uint16_t*>(data)[i] =
-        type == DType::kF16 ? float_to_half(value) : float_to_bf16(value);
+    parallel_for(tasks, body);
   }
 }
+
+KernelArgs kernel_args(const MatmulArgs& args) {
+  const Problem& problem = args.problem;
+  KernelArgs out = {};
+  out.m = problem.m;
+  out.n = problem.n;
+  out.k = problem.k;
+  out.k_blocks = problem.k_blocks<2>();
+  out.n_blocks = problem.n_blocks<2>();
+  out.groups = problem.groups;
+  out.group_size = problem.group_size();
+  out.x = args.x;
+  out.words = args.words;
+  out.scales = args.scales;
+  out.zeros = args.zeros;
+  out.y = args.y;
+  out.x_type = args.x_type;
+  out.scale_type = args.scale_type;
+  out.zero_type = args.zero_type;
+  out.y_type = args.y_type;
+  return out;
+}
+
+// The rows of x are cut into tiles of equal height, a round of tiles at a time.
+class Matmul {
+ public:
+  Matmul(const MatmulArgs& args, const ParallelFor& parallel_for)
+      : kernels_(current_kernels()), args_(kernel_args(args)), parallel_for_(parallel_for) {
+    tables_ = kernels_.max_table_rows > 0 && args_.zeros == nullptr;
+    const int64_t max_rows = tables_ ? kernels_.max_table_rows : kernels_.max_rows;
+    tile_rows_ = ceil_div(args_.m, ceil_div(args_.m, max_rows));
+    k_padded_ = args_.k_blocks * Codes::kBlockK;
+  }
+
+  void run() {
+    const int64_t row_bytes =
+        k_padded_ * (static_cast<int64_t>(sizeof(float)) + (tables_ ? kTableBytes : 0));
+    const int64_t tiles = ceil_div(args_.m, tile_rows_);
+    const int64_t round_tiles =
+        std::clamp<int64_t>(kScratchBytes / (tile_rows_ * row_bytes), 1, tiles);
+    const int64_t round_rows = round_tiles * tile_rows_;
+    const Scratch staged(std::min(args_.m, round_rows) * k_padded_);
+    const Scratch tables(tables_ ? round_rows * k_padded_ * kTableBytes / sizeof(float) : 0);
+    for (int64_t row = 0; row < args_.m; row += round_rows) {
+      const int64_t rows = std::min(round_rows, args_.m - row);
+      stage(row, rows, staged.data(), tables.data());
+      compute(row, rows, staged.data(), tables.data());
+    }
+  }
+
+ private:
+  static int64_t table_floats(int64_t row_floats) {
+    return row_floats * kTableBytes / sizeof(float);
+  }
+
+  void stage(int64_t row, int64_t rows, float* staged, float* tables) const {
+    const int64_t parts = ceil_div(args_.k_blocks, kStageBlocks);
+    const int64_t tiles = ceil_div(rows, tile_rows_);
+    const bool serial = rows * k_padded_ <= kSerialStagedFloats;
+    run_tasks(tiles * parts, serial, parallel_for_, [&](int64_t task) {
+      const int64_t first = task / parts * tile_rows_;
+      const int tile = static_cast<int>(std::min(tile_rows_, rows - first));
+      const int64_t block = task % parts * kStageBlocks;
+      const int64_t blocks = std::min(kStageBlocks, args_.k_blocks - block);
+      float* const to = staged + first * k_padded_;
+      kernels_.stage(args_, row + first, tile, block, blocks, to);
+      if (tables_) {
+        kernels_.make_tables(to, tile, block, blocks, tables + table_floats(first * k_padded_));
+      }
+    });
+  }
+
+  void compute(int64_t row, int64_t rows, const float* staged, const float* tables) const {
+    const int64_t region_rows =
+        tables_ ? tile_rows_ : std::max<int64_t>(1, kMaxRegionRows / tile_rows_) * tile_rows_;
+    const int64_t bands = ceil_div(rows, region_rows);
+    const int64_t most = std::min(kMaxStripBlocks, kMaxRowBlocks / std::min(region_rows, rows));
+    const int64_t strip = std::clamp<int64_t>(args_.n_blocks * bands / kWantedTasks, 1, most);
+    const bool serial = rows * args_.n * args_.k <= kSerialProducts;
+    // The bands of one strip follow each other: its words are still in the cache.
+    run_tasks(ceil_div(args_.n_blocks, strip) * bands, serial, parallel_for_, [&](int64_t task) {
+      const int64_t first = task % bands * region_rows;
+      const int64_t n_block = task / bands * strip;
+      const Region region = {row + first, std::min(region_rows, rows - first), n_block,
+                             std::min(strip, args_.n_blocks - n_block)};
+      if (tables_) {
+        kernels_.run_tables(args_, region, tables + table_floats(first * k_padded_));
+      } else {
+        kernels_.run(args_, region, static_cast<int>(tile_rows_), staged + first * k_padded_);
+      }
+    });
+  }
+
+  const Kernels& kernels_;
+  const KernelArgs args_;
+  const ParallelFor& parallel_for_;
+  bool tables_;
+  int64_t tile_rows_;
+  int64_t k_padded_;
+};
 
 }  // namespace
 
-void matmul(const MatmulArgs& a, const ParallelFor& parallel_for) {
-  using L = Layout<2>;
-  const Problem& p = a.problem;
-  const int64_t n_blocks = p.n_blocks<2>();
-  parallel_for(n_blocks, [&](int64_t nb) {
-    std::vector<float> w(p.k);
-    for (int64_t n = nb * L::kBlockN; n < std::min<int64_t>(p.n, (nb + 1) * L::kBlockN); ++n) {
-      for (int64_t k = 0; k < p.k; ++k) {
-        const WordPosition at = L::locate(k % L::kBlockK, n % L::kBlockN);
-        const uint32_t word =
-            a.words[(k / L::kBlockK * n_blocks + nb) * L::kWordsPerBlock + at.word];
-        const int64_t g = k / p.group_size() * p.n + n;
-        const float zero = a.zeros ? load(a.zeros, a.zero_type, g) : L::kZeroPoint;
-        w[k] = load(a.scales, a.scale_type, g) * ((word >> at.shift & L::kCodeMask) - zero);
-      }
-      for (int64_t m = 0; m < p.m; ++m) {
-        float sum = 0;
-        for (int64_t k = 0; k < p.k; ++k) sum += load(a.x, a.x_type, m * p.k + k) * w[k];
-        store(a.y, a.y_type, m * p.n + n, sum);
-      }
-    }
-  });
+void matmul(const MatmulArgs& args, const ParallelFor& parallel_for) {
+  const Problem& problem = args.problem;
+  if (problem.m == 0 || problem.n == 0) return;
+  if (problem.k == 0) {
+    std::memset(args.y, 0, problem.m * problem.n * size_of(args.y_type));
+    return;
+  }
+  Matmul(args, parallel_for).run();
 }
-
-namespace {
-const char* const kIsas[] = {"scalar"};
-}
-const char* const* available_isas(int* count) {
-  *count = 1;
-  return kIsas;
-}
-const char* current_isa() { return kIsas[0]; }
-bool set_isa(const char* name) { return std::strcmp(name, kIsas[0]) == 0; }
 
 }  // namespace jax_trirun::cpu
