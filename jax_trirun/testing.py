@@ -89,7 +89,8 @@ def weight_float64(codes: Any, scales: Any, zeros: Any = None, *, zero_point: fl
     k = codes.shape[0]
     group = np.arange(k) // max(k // scales.shape[0], 1)
     zero = zero_point if zeros is None else np.asarray(zeros).astype(np.float64)[group]
-    return scales[group] * (codes - zero)
+    with np.errstate(invalid="ignore"):  # infinite scales
+        return scales[group] * (codes - zero)
 
 
 def matmul_float64(x: Any, codes: Any, scales: Any, zeros: Any = None, *, out_dtype: Any = None) -> Reference:
