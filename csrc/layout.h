@@ -18,10 +18,12 @@
 //  * k is in its natural order inside each 16-wide step, so activations need no reordering, whether
 //    ldmatrix, TMA or a plain load brings them.
 //  * The two codes of a half2 register sit at the same bit of the two halves of a word. One LOP3 puts
-//    both under a float16 or bfloat16 exponent; positions below bit 8 of each half need no shift.
-//  * Codes next to each other in a half word share n and are 8 apart in k: on a CPU, the low bits of a
-//    word index a table of all values (one permute), and two neighbouring codes one of all sums of a
-//    pair of activations.
+//    both under a float16 or bfloat16 exponent; the lower byte of each half needs no shift.
+//  * The four codes at the same bit of a word's four bytes share n: (word >> 2p) & 0x03030303 is a
+//    register of the int8 A operand of mma.m16n8k32, and one word is one such 16 x 32 tile.
+//  * Codes next to each other in a byte share n and are 16 apart in k: on a CPU, the low bits of a word
+//    index a table of all values (one permute), and two neighbouring codes one of all sums of a pair
+//    of activations.
 #pragma once
 
 #include <cstdint>
@@ -86,7 +88,7 @@ struct Layout {
     const int i = n / 2 % 2;
     const int b = n % 2;
     const int lane = 4 * g + t;
-    const int code = h * kCodesPerHalf + b * (kCodesPerHalf / 2) + 2 * q + u;
+    const int code = h * kCodesPerHalf + u * (kCodesPerHalf / 2) + b * kStepsPerWord + q;
     return {lane * kWordsPerLane + 2 * kk + i, code * bits};
   }
 
@@ -99,9 +101,9 @@ struct Layout {
     const int i = word % 2;
     const int code = shift / bits;
     const int h = code / kCodesPerHalf;
-    const int b = code / (kCodesPerHalf / 2) % 2;
-    const int q = code / 2 % kStepsPerWord;
-    const int u = code % 2;
+    const int u = code / (kCodesPerHalf / 2) % 2;
+    const int b = code / kStepsPerWord % 2;
+    const int q = code % kStepsPerWord;
     return {16 * (kStepsPerWord * kk + q) + 8 * u + 2 * t + h, 4 * g + 2 * i + b};
   }
 };

@@ -3,9 +3,9 @@
 //
 // Two ways to multiply:
 //
-//  * Tables (run_tables). Two neighbouring codes of a word, k and k + 8 of one column, are four
+//  * Tables (run_tables). Two neighbouring codes of a word, k and k + 16 of one column, are four
 //  bits:
-//    they select one of the 16 sums x[k] * (c0 - 1) + x[k + 8] * (c1 - 1). With those sums in one
+//    they select one of the 16 sums x[k] * (c0 - 1) + x[k + 16] * (c1 - 1). With those sums in one
 //    register, a permute and an add handle two weights a lane, exactly as a multiplication would.
 //    The idea is that of LUT-GEMM (arXiv:2206.09557) and T-MAC (arXiv:2407.00088); the tables are
 //    float32 here, so no activation is ever rounded.
@@ -43,7 +43,7 @@ constexpr int kCacheLineWords = 16;
 
 // The word of (kk, t) at g = i = 0, and the lowest bit of a code inside it.
 constexpr int word_of(int step) { return 4 * (step % 4) + 2 * (step / 4); }
-constexpr int shift_of(int h, int b, int q, int u) { return 2 * (8 * h + 4 * b + 2 * q + u); }
+constexpr int shift_of(int h, int b, int u, int q) { return 2 * (8 * h + 4 * u + 2 * b + q); }
 
 struct Order {
   int k[kBlockK] = {};  // of each p
@@ -170,10 +170,10 @@ void stage(const KernelArgs& args, int64_t row, int rows, int64_t k_block, int64
 // vector i.
 template <bool kZeros, int p, class Use>
 inline void decode_position(const U32* words, const F32* zeros, Use&& use) {
-  constexpr int h = p / 4, q = p / 2 % 2, u = p % 2;
+  constexpr int h = p / 4, u = p / 2 % 2, q = p % 2;
   for (int i = 0; i < kVectors; ++i) {
-    const U32 even = shift_right<shift_of(h, 0, q, u)>(words[i]);
-    const U32 odd = shift_right<shift_of(h, 1, q, u)>(words[i]);
+    const U32 even = shift_right<shift_of(h, 0, u, q)>(words[i]);
+    const U32 odd = shift_right<shift_of(h, 1, u, q)>(words[i]);
     if constexpr (kZeros) {
       use(p, i, sub(code_values(even), zeros[i]));
       use(p, kVectors + i, sub(code_values(odd), zeros[kVectors + i]));
@@ -409,12 +409,12 @@ void make_tables(const float* staged, int rows, int64_t k_block, int64_t k_block
   }
 }
 
-template <int h, int q, int rows>
+template <int h, int u, int rows>
 inline void add_pair(U32 words, const float* tables, F32 (*acc)[2]) {
-  const U32 even = shift_right<shift_of(h, 0, q, 0)>(words);
-  const U32 odd = shift_right<shift_of(h, 1, q, 0)>(words);
+  const U32 even = shift_right<shift_of(h, 0, u, 0)>(words);
+  const U32 odd = shift_right<shift_of(h, 1, u, 0)>(words);
   for (int r = 0; r < rows; ++r) {
-    const F32 table = load(tables + ((2 * h + q) * rows + r) * kEntries);
+    const F32 table = load(tables + ((2 * h + u) * rows + r) * kEntries);
     acc[r][0] = add(acc[r][0], look_up(even, table));
     acc[r][1] = add(acc[r][1], look_up(odd, table));
   }

@@ -1,9 +1,10 @@
 // codes [K, N] <-> words [K / kBlockK, N / kBlockN, 128].
 //
-// A code's byte inside its word is 2 * h + b, its place in that byte 2 * q + u (layout.h). So the
-// four (2 bits) or two (4 bits) rows k of one (kk, t, h) share bytes: byte n of their codes,
-// shifted by bits * (2 * q + u), is a byte of a word already. Both directions work on eight such
-// bytes at a time, over a strip of columns wide enough to read and write whole cache lines.
+// A code's byte inside its word is 2 * h + u; in that byte the even column's codes are the lower four
+// bits and the odd one's the upper four, and q orders the codes of one column (layout.h). So the two
+// (2 bits) or one (4 bits) rows k of one (kk, t, h, u), each shifted by bits * q, add up to the half
+// bytes of all columns. Both directions work on eight columns at a time, over a strip of columns wide
+// enough to read and write whole cache lines.
 #include <algorithm>
 #include <cstring>
 
@@ -19,42 +20,43 @@ struct Packing {
   using Codes = Layout<bits>;
   static constexpr int kStripN = kStripBlocks * Codes::kBlockN;
   static constexpr int kChunks = kStripN / 8;  // uint64 of codes in a row of a strip
-  static constexpr int kLayers = 8 / bits;     // rows that share a byte: (q, u)
+  static constexpr int kLayers = 4 / bits;     // rows that share half a byte: q
+  static constexpr int kBytes = 4;             // of a word: 2 * h + u
   static constexpr int kStepsT = 4;            // index t
   static constexpr uint64_t kMask = 0x0101010101010101u * Codes::kCodeMask;
   static constexpr uint8_t kPadByte = Codes::kPadCode;
 
-  static constexpr int row_of(int kk, int t, int h, int layer) {
-    const int half = 8 * kLayers;  // k of one kk
-    return half * kk + 8 * layer + 2 * t + h;
+  static constexpr int row_of(int kk, int t, int byte, int layer) {
+    return 16 * kLayers * kk + 16 * layer + 8 * (byte % 2) + 2 * t + byte / 2;
   }
 
   static constexpr bool layout_is_as_assumed() {
     for (int k = 0; k < Codes::kBlockK; ++k) {
       for (int n = 0; n < Codes::kBlockN; ++n) {
-        const int kk = k / (8 * kLayers), layer = k / 8 % kLayers, t = k / 2 % 4, h = k % 2;
+        const int kk = k / (16 * kLayers), layer = k / 16 % kLayers, t = k / 2 % 4;
+        const int byte = 2 * (k % 2) + k / 8 % 2;
         const WordPosition at = Codes::locate(k, n);
-        if (row_of(kk, t, h, layer) != k) return false;
+        if (row_of(kk, t, byte, layer) != k) return false;
         if (at.word != 16 * (n / 4) + 4 * t + 2 * kk + n / 2 % 2) return false;
-        if (at.shift != 16 * h + 8 * (n % 2) + bits * layer) return false;
+        if (at.shift != 8 * byte + 4 * (n % 2) + bits * layer) return false;
       }
     }
     return true;
   }
   static_assert(layout_is_as_assumed(), "bytes and bits are where layout.h puts them");
 
-  // The rows of one (kk, t, h) and the columns of one strip.
+  // The rows of one (kk, t, byte) and the columns of one strip.
   struct Place {
     int64_t k;  // of the block
     int64_t n;  // of the strip
     int64_t columns;
-    int kk, t, h;
+    int kk, t, byte;
   };
 
   // Codes of one row and strip, or the same with padding where the matrix has ended.
   static const uint8_t* row(const uint8_t* codes, int64_t k_end, int64_t stride, const Place& at,
                             int layer, uint8_t* padded) {
-    const int64_t k = at.k + row_of(at.kk, at.t, at.h, layer);
+    const int64_t k = at.k + row_of(at.kk, at.t, at.byte, layer);
     const bool inside = k < k_end;
     const uint8_t* const in = inside ? codes + k * stride + at.n : nullptr;
     if (inside && at.columns == kStripN) return in;
@@ -63,7 +65,7 @@ struct Packing {
     return padded;
   }
 
-  // The bytes [column] of one (kk, t, h).
+  // The half bytes [column] of one (kk, t, byte).
   static void pack_bytes(const uint8_t* codes, int64_t k, int64_t n, const Place& at,
                          uint8_t* bytes) {
     uint8_t padded[kLayers][kStripN];
@@ -86,7 +88,7 @@ struct Packing {
                            uint8_t* codes) {
     uint8_t row[kStripN];
     for (int layer = 0; layer < kLayers; ++layer) {
-      const int64_t to = at.k + row_of(at.kk, at.t, at.h, layer);
+      const int64_t to = at.k + row_of(at.kk, at.t, at.byte, layer);
       if (to >= k) continue;
       for (int c = 0; c < kChunks; ++c) {
         uint64_t eight;
@@ -98,24 +100,26 @@ struct Packing {
     }
   }
 
-  // Words of one (kk, t) in a block, at g and i: their bytes are h = 0 even and odd column, h = 1
-  // even and odd column.
+  // The word of one (kk, t) in a block, at lane = 2 * g + i: columns 2 * lane and 2 * lane + 1.
   static int word_of(int kk, int t, int lane) {
     return 16 * (lane / 2) + 4 * t + 2 * kk + lane % 2;
   }
 
   static void pack_strip(const uint8_t* codes, int64_t k, int64_t n, Place at, int64_t blocks,
                          uint32_t* words) {
-    uint8_t bytes[2][kStripN];
+    uint8_t halves[kBytes][kStripN];
     for (at.kk = 0; at.kk < 2; ++at.kk) {
       for (at.t = 0; at.t < kStepsT; ++at.t) {
-        for (at.h = 0; at.h < 2; ++at.h) pack_bytes(codes, k, n, at, bytes[at.h]);
+        for (at.byte = 0; at.byte < kBytes; ++at.byte) pack_bytes(codes, k, n, at, halves[at.byte]);
         for (int64_t block = 0; block < blocks; ++block) {
           for (int lane = 0; lane < Codes::kBlockN / 2; ++lane) {
-            const int64_t at_byte = block * Codes::kBlockN + 2 * lane;
-            const uint32_t low = bytes[0][at_byte] | bytes[0][at_byte + 1] << 8;
-            const uint32_t high = bytes[1][at_byte] | bytes[1][at_byte + 1] << 8;
-            words[block * Codes::kWordsPerBlock + word_of(at.kk, at.t, lane)] = low | high << 16;
+            const int64_t column = block * Codes::kBlockN + 2 * lane;
+            uint32_t word = 0;
+            for (int byte = 0; byte < kBytes; ++byte) {
+              const uint32_t both = halves[byte][column] | halves[byte][column + 1] << 4;
+              word |= both << (8 * byte);
+            }
+            words[block * Codes::kWordsPerBlock + word_of(at.kk, at.t, lane)] = word;
           }
         }
       }
@@ -124,20 +128,20 @@ struct Packing {
 
   static void unpack_strip(const uint32_t* words, int64_t k, int64_t n, Place at, int64_t blocks,
                            uint8_t* codes) {
-    uint8_t bytes[2][kStripN] = {};
+    uint8_t halves[kBytes][kStripN] = {};
     for (at.kk = 0; at.kk < 2; ++at.kk) {
       for (at.t = 0; at.t < kStepsT; ++at.t) {
         for (int64_t block = 0; block < blocks; ++block) {
           for (int lane = 0; lane < Codes::kBlockN / 2; ++lane) {
             const uint32_t word = words[block * Codes::kWordsPerBlock + word_of(at.kk, at.t, lane)];
-            const int64_t at_byte = block * Codes::kBlockN + 2 * lane;
-            for (int h = 0; h < 2; ++h) {
-              bytes[h][at_byte] = static_cast<uint8_t>(word >> (16 * h));
-              bytes[h][at_byte + 1] = static_cast<uint8_t>(word >> (16 * h + 8));
+            const int64_t column = block * Codes::kBlockN + 2 * lane;
+            for (int byte = 0; byte < kBytes; ++byte) {
+              halves[byte][column] = word >> (8 * byte) & 15;
+              halves[byte][column + 1] = word >> (8 * byte + 4) & 15;
             }
           }
         }
-        for (at.h = 0; at.h < 2; ++at.h) unpack_bytes(bytes[at.h], k, n, at, codes);
+        for (at.byte = 0; at.byte < kBytes; ++at.byte) unpack_bytes(halves[at.byte], k, n, at, codes);
       }
     }
   }
