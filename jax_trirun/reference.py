@@ -55,7 +55,9 @@ def dequantize(
             raise TypeError("dequantize: words need their scales s and their shape=(K, N); a QuantTensor has both")
         k, n = shape
     check_weights("dequantize", words, s, zeros, k=k, n=n, bits=bits)
-    dtype = jnp.dtype(s.dtype if dtype is None else dtype)
+    wanted, dtype = dtype, jnp.dtype(s.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dequantize: dtype must be a floating-point dtype, got {wanted!r}")
     w = dequantize_float32(words, jnp.asarray(s), None if zeros is None else jnp.asarray(zeros), k, bits)
     if jnp.finfo(dtype).max < jnp.finfo(jnp.float32).max:
         check_fits("dequantize", "the weight", w, dtype)
