@@ -23,7 +23,7 @@ Shapes: B sequences, T new tokens, S slots of the cache, H heads, D = head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-__all__ = ["Decoder", "KVCache", "Llama", "LlamaConfig", "sample"]
+__all__ = ["Decoder", "KVCache", "Llama", "LlamaConfig", "compile_losses", "sample"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +231,36 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **kinds)
 
+    @classmethod
+    def from_weights(cls, config: LlamaConfig, weights: Mapping[str, Any], *, dtype=jnp.float32,
+                     param_dtype=jnp.float32) -> Llama:
+        """A decoder with given weights; none are drawn first.
+
+        Args:
+          config: its sizes.
+          weights: arrays by parameter path, "layers.0.mlp.up_proj.kernel" and so on; matrices are
+            [in, out], the embedding is [vocab, hidden].
+        Raises:
+          ValueError: a weight is missing, unknown, or of another shape.
+        """
+        model = nnx.eval_shape(lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(model)
+        wanted = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+        missing, unknown = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
+        if missing or unknown:
+            raise ValueError(
+                f"Llama.from_weights: missing {sorted(missing)[:5] or 'nothing'}, "
+                f"unknown {sorted(unknown)[:5] or 'nothing'}"
+            )
+        for path, leaf in wanted.items():
+            if weights[path].shape != leaf.shape:
+                raise ValueError(
+                    f"Llama.from_weights: {path} must have shape {leaf.shape}, got {weights[path].shape}"
+                )
+        filled = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))], param_dtype)))
+                  for path, leaf in nnx.to_flat_state(state)]
+        return nnx.merge(graph, nnx.from_flat_state(filled))
+
     def hidden(self, tokens, cache: KVCache | None = None):
         """tokens [B, T] -> (last hidden states [B, T, hidden], the cache with T tokens more or None).
 
@@ -266,6 +296,23 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Arr
     """Tokens [B] drawn from logits [B, vocab]; temperature 0 takes the likeliest."""
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def compile_losses(model: Llama) -> Callable[[Any], jax.Array]:
+    """tokens [B, T] -> -log p(token t | tokens before t) for t = 1 .. T - 1, float32 [B, T - 1].
+
+    Compiled, the weights an argument; later changes to the model are not seen.
+    """
+    graph, state = nnx.split(model)
+    weights, tree = jax.tree.flatten(state)
+
+    @jax.jit
+    def losses(weights, tokens):
+        logits = nnx.merge(graph, jax.tree.unflatten(tree, weights))(tokens)[:, :-1]
+        right = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - right
+
+    return lambda tokens: losses(weights, tokens)
 
 
 class Decoder:

@@ -1,0 +1,23 @@
+"""What every reader of model files raises."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class CheckpointError(ValueError):
+    """A model file is missing, damaged, or holds what cannot be represented."""
+
+
+def optional_import(name: str, purpose: str) -> ModuleType:
+    """Imports a package of the `generate` extra, or says how to get it (ImportError)."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise  # the package is there, something that it needs is not
+        raise ImportError(
+            f"{purpose} needs the package {name!r}, which is not installed; "
+            f"run: python -m pip install 'jax-trirun[generate]'   (or: python -m pip install {name})"
+        ) from error
