@@ -37,7 +37,7 @@ KNOWN_BACKENDS = ("reference", *(name for _, names in _MODULES.values() for name
 
 
 def ffi_version_error(built: tuple[int, int], runtime: tuple[int, int] | None) -> str:
-    """"" or why a module built with FFI version ``built`` must not be registered with ``runtime``.
+    """ "" or why a module built with FFI version ``built`` must not be registered with ``runtime``.
 
     XLA refuses handlers built with a newer minor version than its own, and takes the whole platform
     down with them; older handlers are welcome.
@@ -78,7 +78,7 @@ def _load(module_name: str, platform: str, *, required: bool) -> ModuleType | No
 
 
 def _load_all() -> dict[str, Backend]:
-    table = {}
+    table: dict[str, Backend] = {}
     for module_name, (platform, names) in _MODULES.items():
         module = _load(module_name, "CUDA" if platform == "cuda" else platform, required=platform == "cpu")
         if module is not None:
@@ -103,7 +103,7 @@ def usable_backends() -> tuple[str, ...]:
 
 
 def backend_error(name: str | None) -> str:
-    """"" or why ``backend=name`` cannot be had in this installation."""
+    """ "" or why ``backend=name`` cannot be had in this installation."""
     choices = ", ".join(repr(b) for b in ("reference", *BACKENDS))
     if name is None or name == "reference" or name in BACKENDS:
         return ""
@@ -116,7 +116,7 @@ def backend_error(name: str | None) -> str:
 
 
 def platform_error(name: str | None, platform: str) -> str:
-    """"" or why ``backend=name`` cannot run on ``platform``."""
+    """ "" or why ``backend=name`` cannot run on ``platform``."""
     if name is None or name == "reference" or BACKENDS[name].platform == platform:
         return ""
     return (
@@ -127,7 +127,7 @@ def platform_error(name: str | None, platform: str) -> str:
 
 def default_platform() -> str:
     """The platform that JAX compiles for unless told otherwise, as lowering rules name it."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = getattr(device, "platform", None) or jax.default_backend()
     if platform == "gpu":
         platform = "rocm" if "rocm" in jax.devices()[0].client.platform_version else "cuda"

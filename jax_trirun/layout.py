@@ -62,4 +62,9 @@ def layout(bits: int = 2) -> Layout:
     return Layout(**_ffi.cpu_module.layout(bits))
 
 
+def zero_point(bits: int = 2) -> int:
+    """The code whose weight is zero when no zeros are given."""
+    return layout(bits).zero_point
+
+
 LAYOUT_VERSION: int = layout(2).version

@@ -121,7 +121,10 @@ def _prepare(where: str, x: Any, qw: Any, s: Any, zeros: Any, out_dtype: Any, ba
         )
     check_weights(where, words, s, zeros, k=k, n=n, bits=bits)
     out = np.dtype(x.dtype if out_dtype is None else _dtype(where, out_dtype))
-    arrays = [a if a is None or isinstance(a, jax.ShapeDtypeStruct) else jnp.asarray(a) for a in (x, words, s, zeros)]
+    arrays = [
+        a if a is None or isinstance(a, jax.ShapeDtypeStruct) else jnp.asarray(a)
+        for a in (x, words, s, zeros)
+    ]
     return *arrays, {"k": k, "out_dtype": out, "transpose": False, "bits": bits, "backend": backend}
 
 

@@ -37,7 +37,9 @@ def pack(codes: Any, *, bits: int = 2) -> jax.Array:
     if not hasattr(codes, "dtype"):
         codes = np.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise TypeError(f"pack: codes must be integers, got {codes.dtype}; quantize floats with jax_trirun.quantize")
+        raise TypeError(
+            f"pack: codes must be integers, got {codes.dtype}; quantize floats with jax_trirun.quantize"
+        )
     if codes.ndim < 2:
         raise ValueError(f"pack: codes must have shape [..., K, N], got {tuple(codes.shape)}")
     if not isinstance(codes, jax.core.Tracer) and codes.size:

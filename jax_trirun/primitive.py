@@ -65,7 +65,9 @@ def _same_varying_axes(operands: list) -> list:
     if not union:
         return operands
     missing = [tuple(sorted(union - _varying_axes(a), key=str)) for a in operands]
-    return [jax.lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(operands, missing, strict=True)]
+    return [
+        jax.lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(operands, missing, strict=True)
+    ]
 
 
 # ---- Types ------------------------------------------------------------------------------------------
@@ -76,11 +78,16 @@ def _abstract_eval(x, words, scales, *zeros, k, out_dtype, transpose, bits, back
     n, _ = check_weights("matmul", words, scales, zeros[0] if zeros else None, k=k, bits=bits)
     inner, outer = (n, k) if transpose else (k, n)
     if str(x.dtype) not in FLOATS or str(out_dtype) not in FLOATS:
-        raise TypeError(f"matmul: x and out_dtype must be 16- or 32-bit floats, got {x.dtype} and {out_dtype}")
+        raise TypeError(
+            f"matmul: x and out_dtype must be 16- or 32-bit floats, got {x.dtype} and {out_dtype}"
+        )
     if x.ndim != 2 or x.shape[1] != inner:
         raise ValueError(f"matmul: x must have shape [M, {inner}], got {x.shape}")
     return x.update(
-        shape=(x.shape[0], outer), dtype=np.dtype(out_dtype), weak_type=False, sharding=_out_sharding(x, scales, transpose)
+        shape=(x.shape[0], outer),
+        dtype=np.dtype(out_dtype),
+        weak_type=False,
+        sharding=_out_sharding(x, scales, transpose),
     )
 
 
@@ -133,7 +140,9 @@ def ffi_reason(platform: str, params: dict, x_shape, x_dtype, scales_shape) -> s
     groups, n = scales_shape
     if not isinstance(m, int):
         return "a kernel's scratch needs to know M"
-    if not backend.module.supports(m, n, params["k"], groups, str(x_dtype), bool(backend.attributes["portable"])):
+    if not backend.module.supports(
+        m, n, params["k"], groups, str(x_dtype), bool(backend.attributes["portable"])
+    ):
         return "no CUDA kernel covers this shape"
     return ""
 
@@ -194,7 +203,9 @@ def _batch(args, dims, **params):
 
     def one(slices):
         rest = iter(slices)
-        return bind_matmul(*(next(rest) if is_in else a for a, is_in in zip(args, batched, strict=True)), **params)
+        return bind_matmul(
+            *(next(rest) if is_in else a for a, is_in in zip(args, batched, strict=True)), **params
+        )
 
     return jax.lax.map(one, tuple(a for a, is_in in zip(args, batched, strict=True) if is_in)), 0
 
@@ -254,7 +265,9 @@ def _transpose(ct, x, words, scales, *zeros, k, out_dtype, transpose, bits, back
         )  # fmt: skip
     else:
         along_k, along_n = (ct, x) if transpose else (x, ct)
-        s_bar = _scales_cotangent(along_k, along_n, words, zeros[0] if zeros else None, scales.aval.shape[0], k, bits)
+        s_bar = _scales_cotangent(
+            along_k, along_n, words, zeros[0] if zeros else None, scales.aval.shape[0], k, bits
+        )
         results[2] = s_bar.astype(scales.aval.dtype)
     return results
 

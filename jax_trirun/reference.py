@@ -19,7 +19,9 @@ def repeat_groups(per_group: jax.Array, k: int) -> jax.Array:
     return rows.reshape(*lead, k, n)
 
 
-def dequantize_float32(words: jax.Array, scales: jax.Array, zeros: jax.Array | None, k: int, bits: int) -> jax.Array:
+def dequantize_float32(
+    words: jax.Array, scales: jax.Array, zeros: jax.Array | None, k: int, bits: int
+) -> jax.Array:
     """W = scales * (codes - zeros) in float32, [..., K, N]."""
     codes = unpack(words, (k, scales.shape[-1]), bits=bits).astype(jnp.float32)
     if zeros is None:
@@ -30,7 +32,12 @@ def dequantize_float32(words: jax.Array, scales: jax.Array, zeros: jax.Array | N
 
 
 def dequantize(
-    qt_or_words: Any, s: Any = None, zeros: Any = None, *, shape: tuple[int, int] | None = None, dtype: Any = None
+    qt_or_words: Any,
+    s: Any = None,
+    zeros: Any = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
     """The weight W[..., K, N] = s * (code - zero) that packed words stand for.
 
@@ -52,7 +59,9 @@ def dequantize(
     else:
         words, bits = qt_or_words, 2
         if s is None or shape is None:
-            raise TypeError("dequantize: words need their scales s and their shape=(K, N); a QuantTensor has both")
+            raise TypeError(
+                "dequantize: words need their scales s and their shape=(K, N); a QuantTensor has both"
+            )
         k, n = shape
     check_weights("dequantize", words, s, zeros, k=k, n=n, bits=bits)
     wanted, dtype = dtype, jnp.dtype(s.dtype if dtype is None else dtype)

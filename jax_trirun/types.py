@@ -17,7 +17,9 @@ def check_float(where: str, name: str, array: Any) -> None:
     """Raise TypeError unless ``array`` is float16, bfloat16 or float32."""
     dtype = getattr(array, "dtype", None)
     if dtype is None:
-        raise TypeError(f"{where}: {name} must be an array of {' or '.join(FLOATS)}, got {type(array).__name__}")
+        raise TypeError(
+            f"{where}: {name} must be an array of {' or '.join(FLOATS)}, got {type(array).__name__}"
+        )
     if str(dtype) not in FLOATS:
         raise TypeError(
             f"{where}: {name} must be float16, bfloat16 or float32, got {dtype}; cast it with .astype first"
@@ -31,7 +33,10 @@ def check_fits(where: str, name: str, values: Any, dtype: Any) -> None:
     """
     if isinstance(values, jax.core.Tracer) or np.size(values) == 0:
         return
-    largest, limit = float(jnp.max(jnp.abs(jnp.where(jnp.isfinite(values), values, 0)))), float(jnp.finfo(dtype).max)
+    largest, limit = (
+        float(jnp.max(jnp.abs(jnp.where(jnp.isfinite(values), values, 0)))),
+        float(jnp.finfo(dtype).max),
+    )
     if largest > limit:
         raise ValueError(
             f"{where}: {name} reaches {largest:g}, beyond {jnp.dtype(dtype).name}'s largest value {limit:g}; "

@@ -141,13 +141,17 @@ def test_matmul_under_jit_says_the_same():
 
 @pytest.mark.skipif("cuda" in _ffi.BACKENDS, reason="the CUDA module is installed")
 def test_a_back_end_that_was_not_built():
-    with pytest.raises(ValueError, match="backend='cuda' is not in this installation.*reinstall where nvcc is found"):
+    with pytest.raises(
+        ValueError, match=r"backend='cuda' is not in this installation.*reinstall where nvcc is found"
+    ):
         jax_trirun.matmul(X, QT, backend="cuda")
 
 
 def test_a_back_end_of_another_platform():
     f = jax.jit(lambda x: jax_trirun.matmul(x, QT, backend="cpu"))
-    with pytest.raises(ValueError, match="backend='cpu' runs on cpu, but this computation is being compiled for"):
+    with pytest.raises(
+        ValueError, match="backend='cpu' runs on cpu, but this computation is being compiled for"
+    ):
         f.trace(X).lower(lowering_platforms=("tpu",))
 
 
@@ -178,7 +182,8 @@ QUANT_TENSOR_ERRORS = {
         dict(shape=(256, 64), group_size=128, bits=4), ValueError, r"must have shape \(8, 2, 128\), got \(4, 2, 128\)",
     ),
     "leading axes that differ": (
-        dict(shape=(256, 64), group_size=128, scales=jnp.stack([S] * 3)), ValueError, r"must have shape \(3, 4, 2, 128\)",
+        dict(shape=(256, 64), group_size=128, scales=jnp.stack([S] * 3)), ValueError,
+        r"must have shape \(3, 4, 2, 128\)",
     ),
 }  # fmt: skip
 
@@ -234,7 +239,9 @@ def test_pack_and_unpack(name):
 
 
 DEQUANTIZE_ERRORS = {
-    "words alone": (lambda: jax_trirun.dequantize(WORDS), TypeError, r"words need their scales s and their shape=\(K, N\)"),
+    "words alone": (
+        lambda: jax_trirun.dequantize(WORDS), TypeError, r"words need their scales s and their shape=\(K, N\)",
+    ),
     "scales twice": (lambda: jax_trirun.dequantize(QT, S), TypeError, "s, zeros and shape come with the QuantTensor"),
     "another shape": (
         lambda: jax_trirun.dequantize(WORDS, S, shape=(128, 64)), ValueError, r"words of a \[K=128, N=64\] weight",
@@ -275,7 +282,9 @@ def call_handler(x, words, scales, zeros, y_shape, y_dtype=jnp.float32):
 NO_ZEROS = np.zeros((0, 64), np.float32)
 HANDLER_ERRORS = {
     "groups": ((X, WORDS, jnp.ones((3, 64)), NO_ZEROS, (4, 64)), "the number of groups must divide K"),
-    "group size": ((X, WORDS, jnp.ones((16, 64)), NO_ZEROS, (4, 64)), "group_size must be 32, 64, 128 or all of K, got 16"),
+    "group size": (
+        (X, WORDS, jnp.ones((16, 64)), NO_ZEROS, (4, 64)), "group_size must be 32, 64, 128 or all of K, got 16",
+    ),
     "words": ((X, WORDS[:3], S, NO_ZEROS, (4, 64)), r"words must be uint32 \[4, 2, 128\], got \[3, 2, 128\]"),
     "word dtype": ((X, WORDS.astype(jnp.int32), S, NO_ZEROS, (4, 64)), "words must be uint32"),
     "zeros": ((X, WORDS, S, S[:1], (4, 64)), r"zeros must have shape \[2, 64\], got \[1, 64\]"),
@@ -293,19 +302,24 @@ def test_native_matmul(name):
         call_handler(*args)
 
 
+PACK, UNPACK, U8, U32 = _ffi.PACK_TARGET, _ffi.UNPACK_TARGET, np.uint8, np.uint32
+
+
 @pytest.mark.parametrize(
     ("target", "operand", "result", "bits", "message"),
     [
-        (_ffi.PACK_TARGET, np.zeros((64, 32), np.uint8), ((1, 2, 128), np.uint32), 2, r"words must end in \[1, 1, 128\]"),
-        (_ffi.PACK_TARGET, np.zeros((64, 32), np.uint8), ((1, 1, 128), np.uint32), 3, "bits must be 2 or 4, got 3"),
-        (_ffi.PACK_TARGET, np.zeros((64, 32), np.int32), ((1, 1, 128), np.uint32), 2, "codes must be uint8"),
-        (_ffi.PACK_TARGET, np.zeros((2, 64, 32), np.uint8), ((3, 1, 1, 128), np.uint32), 2, "leading axes must be equal"),
-        (_ffi.UNPACK_TARGET, np.zeros((1, 1, 128), np.uint32), ((64, 33), np.uint8), 2, r"unpack: words must end in \[1, 2, 128\]"),
+        (PACK, np.zeros((64, 32), U8), ((1, 2, 128), U32), 2, r"words must end in \[1, 1, 128\]"),
+        (PACK, np.zeros((64, 32), U8), ((1, 1, 128), U32), 3, "bits must be 2 or 4, got 3"),
+        (PACK, np.zeros((64, 32), np.int32), ((1, 1, 128), U32), 2, "codes must be uint8"),
+        (PACK, np.zeros((2, 64, 32), U8), ((3, 1, 1, 128), U32), 2, "leading axes must be equal"),
+        (UNPACK, np.zeros((1, 1, 128), U32), ((64, 33), U8), 2, r"unpack: words must end in \[1, 2, 128\]"),
     ],
 )  # fmt: skip
 def test_native_pack(target, operand, result, bits, message):
     with pytest.raises(Exception, match=message):
-        jax.block_until_ready(jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(*result))(operand, bits=np.int64(bits)))
+        jax.block_until_ready(
+            jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(*result))(operand, bits=np.int64(bits))
+        )
 
 
 # ---- Import -----------------------------------------------------------------------------------------

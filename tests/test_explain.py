@@ -34,7 +34,11 @@ def test_names_the_reference_and_why():
 
 def test_counts_bytes_and_flops():
     words, scales = 4 * 2 * 128 * 4, 2 * 64 * 2
-    assert costs(4, 256, 64, "bfloat16", PROBLEM.quant_tensor()) == (words + scales, 4 * (256 + 64) * 2, 2 * 4 * 256 * 64)
+    assert costs(4, 256, 64, "bfloat16", PROBLEM.quant_tensor()) == (
+        words + scales,
+        4 * (256 + 64) * 2,
+        2 * 4 * 256 * 64,
+    )
     text = explain()
     assert f"bytes: {words + scales:,} of weight" in text and f"{4 * (256 + 64) * 2:,} of x and y" in text
     assert f"flops: {2 * 4 * 256 * 64:,}" in text

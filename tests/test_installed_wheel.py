@@ -36,7 +36,17 @@ def wheel(tmp_path_factory):
     pytest.importorskip("scikit_build_core", reason="building a wheel here needs scikit-build-core")
     pytest.importorskip("nanobind", reason="building a wheel here needs nanobind")
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, CHECKOUT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        CHECKOUT,
+    ]
     options = ["-C", f"build-dir={folder / 'build'}", "-C", "cmake.define.JAX_TRIRUN_CUDA=OFF"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,7 +63,12 @@ def test_it_works_from_any_folder(wheel, tmp_path):
     hook = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(target)}
     done = subprocess.run(
-        [sys.executable, "-c", hook + _PROGRAM, target], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", hook + _PROGRAM, target],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "installed wheel works" in done.stdout

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,11 +67,18 @@ def test_zeros_of_another_dtype_than_scales(backend, zero_dtype):
 )
 def test_any_shape_with_groups(backend, m, groups, n, group_size, dtype, with_zeros, seed):
     check_problem(
-        MatmulProblem(m, groups * group_size, n, group_size, dtype, dtype, with_zeros, seed=seed), backend=backend
+        MatmulProblem(m, groups * group_size, n, group_size, dtype, dtype, with_zeros, seed=seed),
+        backend=backend,
     )
 
 
-@given(m=st.integers(1, 20), k=st.integers(1, 300), n=st.integers(1, 100), dtype=st.sampled_from(FLOATS), zeros=st.booleans())
+@given(
+    m=st.integers(1, 20),
+    k=st.integers(1, 300),
+    n=st.integers(1, 100),
+    dtype=st.sampled_from(FLOATS),
+    zeros=st.booleans(),
+)
 def test_any_k_with_one_group(backend, m, k, n, dtype, zeros):
     check_problem(MatmulProblem(m, k, n, -1, dtype, dtype, zeros), backend=backend)
 
@@ -156,7 +162,9 @@ def test_extreme_scales(backend, name, scale):
 
 def test_negative_scales_give_the_other_grid(backend):
     codes = np.tile(np.arange(4, dtype=np.uint8), (64, 8))
-    y, reference = product(np.eye(64, dtype=np.float32), codes, np.full((1, 32), -1, np.float32), backend=backend)
+    y, reference = product(
+        np.eye(64, dtype=np.float32), codes, np.full((1, 32), -1, np.float32), backend=backend
+    )
     assert set(np.asarray(y).ravel()) == {-2.0, -1.0, 0.0, 1.0}
     assert_close(y, reference)
 
@@ -266,7 +274,11 @@ def test_the_number_of_threads_changes_no_bit():
     def digests(threads):
         environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
-            [sys.executable, "-c", _THREADS_SCRIPT], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", _THREADS_SCRIPT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return {tuple(row) for row in json.loads(done.stdout)}
 
@@ -305,7 +317,9 @@ def test_the_bound_catches_one_wrong_code():
     problem = MatmulProblem(8, 1024, 64, 128, "bfloat16", "bfloat16")
     codes = problem.codes()
     codes[5, 7] = (codes[5, 7] + 1) % 4
-    y = jax_trirun.matmul(problem.x(), jax_trirun.pack(codes), jnp.asarray(problem.scales()), out_dtype="float32")
+    y = jax_trirun.matmul(
+        problem.x(), jax_trirun.pack(codes), jnp.asarray(problem.scales()), out_dtype="float32"
+    )
     reference = matmul_float64(problem.x(), problem.codes(), problem.scales(), out_dtype="float32")
     with pytest.raises(AssertionError, match="out of bounds"):
         assert_close(y, reference)

@@ -61,7 +61,9 @@ def test_padding_holds_the_code_of_zero(bits):
     lay = layout(bits)
     whole = (2 * lay.block_k, 2 * lay.block_n)
     k, n = lay.block_k + 1, lay.block_n + 1
-    padded = np.array(jax_trirun.unpack(jax_trirun.pack(random_codes((k, n), bits), bits=bits), whole, bits=bits))
+    padded = np.array(
+        jax_trirun.unpack(jax_trirun.pack(random_codes((k, n), bits), bits=bits), whole, bits=bits)
+    )
     padded[:k, :n] = lay.zero_point
     assert (padded == lay.zero_point).all()
 

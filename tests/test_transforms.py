@@ -90,7 +90,10 @@ def test_forward_over_reverse_and_reverse_over_forward():
         return jax.jvp(jax.grad(f), (a,), (v,))[1], jax.grad(lambda a: jax.jvp(f, (a,), (v,))[1])(a)
 
     for i in range(3):
-        fs = [(lambda a, f=f: scalar(f)(*(a if j == i else b for j, b in enumerate(ARGS)))) for f in (fused, plain)]
+        fs = [
+            (lambda a, f=f, i=i: scalar(f)(*(a if j == i else b for j, b in enumerate(ARGS))))
+            for f in (fused, plain)
+        ]
         v = jnp.ones_like(ARGS[i])
         assert_same(hvp(fs[0], ARGS[i], v), hvp(fs[1], ARGS[i], v), 1e-4)
 
@@ -148,7 +151,9 @@ def test_words_need_no_gradient():
 # ---- Batching ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", range(1, 16), ids=lambda m: "".join("xwsz"[i] for i in range(4) if m >> i & 1))
+@pytest.mark.parametrize(
+    "mask", range(1, 16), ids=lambda m: "".join("xwsz"[i] for i in range(4) if m >> i & 1)
+)
 def test_vmap_of_every_combination(mask):
     stacks = [
         jnp.stack([ARGS[0], ARGS[0] * 2, ARGS[0] - 1]),
@@ -160,7 +165,8 @@ def test_vmap_of_every_combination(mask):
     axes = [0 if mask >> i & 1 else None for i in range(4)]
     args = [stack if a == 0 else single for a, stack, single in zip(axes, stacks, singles, strict=True)]
     want = [
-        jax_trirun.matmul(*(a[i] if axis == 0 else a for a, axis in zip(args, axes, strict=True))) for i in range(3)
+        jax_trirun.matmul(*(a[i] if axis == 0 else a for a, axis in zip(args, axes, strict=True)))
+        for i in range(3)
     ]
     for f in (jax.vmap(jax_trirun.matmul, axes), jax.jit(jax.vmap(jax_trirun.matmul, axes))):
         assert_same(f(*args), jnp.stack(want), 1e-6)
@@ -337,7 +343,8 @@ for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
     f = jax.jit(jax_trirun.matmul)
     whole = f(args[0], words, *args[1:])
     for specs in [w[0] for w in ways.values()]:
-        shards = [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a, spec in zip((args[0], words, *args[1:]), specs)]
+        named = [jax.NamedSharding(mesh, spec) for spec in specs]
+        shards = jax.device_put([args[0], words, *args[1:]], named)
         np.testing.assert_allclose(f(*shards), whole, rtol=1e-5, atol=1e-5)
 print("all ways agree")
 """
@@ -347,7 +354,11 @@ def test_shard_map_and_sharded_arrays():
     """check_vma=True: operands that are the same on every device get their cotangents summed."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", _SHARD_MAP_SCRIPT], env=os.environ | flags, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _SHARD_MAP_SCRIPT],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "all ways agree" in done.stdout
