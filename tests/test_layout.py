@@ -37,7 +37,13 @@ def test_golden_block_of_two_bits():
     """Literal values of version 1. A change here is a new version of the layout."""
     assert jax_trirun.LAYOUT_VERSION == 1
     lay = layout(2)
-    assert (lay.block_k, lay.block_n, lay.words_per_block, lay.zero_point, lay.pad_code) == (64, 32, 128, 1, 1)
+    assert (lay.block_k, lay.block_n, lay.words_per_block, lay.zero_point, lay.pad_code) == (
+        64,
+        32,
+        128,
+        1,
+        1,
+    )
     assert (layout(4).block_k, layout(4).zero_point) == (32, 8)
     golden = {  # (k, n): (word, shift)
         (0, 0): (0, 0),
