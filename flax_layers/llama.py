@@ -23,7 +23,7 @@ Shapes: B sequences, T new tokens, S slots of the cache, H heads, D = head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -298,6 +298,11 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Arr
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
+@jax.jit
+def _sample_nth(logits, key, i, temperature):
+    return sample(logits, jax.random.fold_in(key, i), temperature)
+
+
 def compile_losses(model: Llama) -> Callable[[Any], jax.Array]:
     """tokens [B, T] -> -log p(token t | tokens before t) for t = 1 .. T - 1, float32 [B, T - 1].
 
@@ -383,6 +388,51 @@ class Decoder:
         The caller sees to it that no sequence outgrows max_length: looking would wait for the device.
         """
         return self._step(self._weights, cache, tokens)
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Container[int] = (),
+    ) -> Iterator[int]:
+        """Yields new tokens one by one until max_new_tokens or one of `stop`, which is not yielded.
+
+        The next step is started before a token is yielded: the device works while the caller prints.
+
+        Args:
+          prompt: token ids; len(prompt) + max_new_tokens must fit max_length.
+          temperature: 0 always takes the likeliest token; else what divides the logits.
+          seed: of the random numbers; the same seed gives the same text on the same device.
+        Raises:
+          ValueError: it does not fit, or the decoder was made for more than one sequence.
+        """
+        if self.batch != 1:
+            raise ValueError(f"generate: wanted a Decoder with batch=1, got batch={self.batch}")
+        if max_new_tokens < 1:
+            raise ValueError(f"generate: max_new_tokens must be positive, got {max_new_tokens}")
+        if temperature < 0:
+            raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
+        if len(prompt) + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"generate: a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} do not "
+                f"fit max_length={self.max_length}"
+            )
+        return self._generate(prompt, max_new_tokens, np.float32(temperature), jax.random.key(seed), stop)
+
+    def _generate(self, prompt, count, temperature, key, stop) -> Iterator[int]:
+        logits, cache = self.prefill([prompt])
+        token = _sample_nth(logits, key, 0, temperature)
+        for i in range(1, count + 1):
+            current = token
+            if i < count:
+                logits, cache = self.step(current, cache)
+                token = _sample_nth(logits, key, i, temperature)
+            if (value := int(current[0])) in stop:
+                return
+            yield value
 
     def _check(self, prompts, lengths) -> None:
         if len(lengths) != self.batch:

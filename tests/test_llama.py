@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, sample
+from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, compile_losses, sample
 
 SMALL = LlamaConfig(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -201,6 +201,62 @@ def test_sampling():
     np.testing.assert_allclose(shares, jnp.exp(logits), atol=0.04)
     cold = np.asarray(jax.vmap(lambda k: sample(logits, k, 0.05))(keys))
     assert (cold == [1, 0]).all()
+
+
+def test_generating_greedily_is_taking_the_likeliest_token_again_and_again():
+    model = random_model(SMALL)
+    decoder = Decoder(model, max_length=16)
+    text = [5, 3, 8]
+    new = list(decoder.generate(text, max_new_tokens=13))
+    for token in new:
+        assert token == int(model(jnp.asarray([text]))[0, -1].argmax())
+        text = [*text, token]
+    stop = new[4]
+    assert list(decoder.generate([5, 3, 8], max_new_tokens=13, stop={stop})) == new[: new.index(stop)]
+
+
+def test_the_seed_decides_the_text():
+    decoder = Decoder(random_model(SMALL), max_length=32)
+    texts = [tuple(decoder.generate([1, 2], max_new_tokens=20, temperature=2.0, seed=s)) for s in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_losses_are_those_of_the_logits():
+    model = random_model(SMALL)
+    tokens = tokens_of(SMALL, 22).reshape(2, 11)
+    chances = jax.nn.softmax(model(jnp.asarray(tokens)), axis=-1)
+    wanted = -np.log([[chances[b, t, tokens[b, t + 1]] for t in range(10)] for b in range(2)])
+    np.testing.assert_allclose(compile_losses(model)(tokens), wanted, rtol=1e-5)
+
+
+def test_from_weights_takes_exactly_the_weights_it_needs():
+    model = random_model(SMALL)
+    weights = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in
+               nnx.to_flat_state(nnx.state(model))}
+    tokens = jnp.asarray(tokens_of(SMALL, 9))[None]
+    np.testing.assert_array_equal(Llama.from_weights(SMALL, weights)(tokens), model(tokens))
+
+    lacking = {k: v for k, v in weights.items() if k != "norm.scale"}
+    with pytest.raises(ValueError, match=r"missing \['norm.scale'\], unknown nothing"):
+        Llama.from_weights(SMALL, lacking)
+    with pytest.raises(ValueError, match=r"missing nothing, unknown \['extra'\]"):
+        Llama.from_weights(SMALL, {**weights, "extra": np.zeros(1)})
+    turned = {**weights, "layers.1.mlp.up_proj.kernel": np.zeros((96, 64))}
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.kernel must have shape \(64, 96\), got \(96, 64\)"):
+        Llama.from_weights(SMALL, turned)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 7}, "2 tokens and max_new_tokens=7 do not fit max_length=8"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive, got 0"),
+        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+    ],
+)
+def test_wrong_generate_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(random_model(SMALL), max_length=8).generate([1, 2], **arguments)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def _document_loss(losses, tokens: np.ndarray, window: int, stride: int) -> floa
 
 
 def sample_text() -> str:
-    """About 1,050 words on forests from Theodore Roosevelt's first annual message to Congress.
+    """About 1,030 words on forests from Theodore Roosevelt's first annual message to Congress.
 
     3 December 1901; a work of the United States government, in the public domain.
     """
