@@ -3,16 +3,14 @@
 //
 // Two ways to multiply:
 //
-//  * Tables (run_tables). Two neighbouring codes of a word, k and k + 16 of one column, are four
-//  bits:
-//    they select one of the 16 sums x[k] * (c0 - 1) + x[k + 16] * (c1 - 1). With those sums in one
-//    register, a permute and an add handle two weights a lane, exactly as a multiplication would.
-//    The idea is that of LUT-GEMM (arXiv:2206.09557) and T-MAC (arXiv:2407.00088); the tables are
-//    float32 here, so no activation is ever rounded.
-//  * Levels (run). A code becomes its level, c - 1 or c - zero, as a float: one shift and one
-//  permute
-//    (or a conversion), then fused multiply-adds. From three rows on, the levels of a block are
-//    first written to a panel in L1, which all rows share.
+//  - Tables (run_tables). Two neighbouring codes of a word, k and k + 16 of one column, are four
+//    bits: they select one of the 16 sums x[k] * (c0 - 1) + x[k + 16] * (c1 - 1). With those sums
+//    in one register, a permute and an add handle two weights a lane, exactly as a multiplication
+//    would. The idea is that of LUT-GEMM (arXiv:2206.09557) and T-MAC (arXiv:2407.00088); the
+//    tables are float32 here, so no activation is ever rounded.
+//  - Levels (run). A code becomes its level, c - 1 or c - zero, as a float: one shift and one
+//    permute (or a conversion), then fused multiply-adds. From three rows on, the levels of a block
+//    are first written to a panel in L1, which all rows share.
 //
 // Both multiply by levels that are exact: taking the zero out of the sum, as sum(x * c) - sum(x),
 // would leave rounding noise where all weights are zero. Both sum one group (or 64 k) into
@@ -75,12 +73,9 @@ static_assert(layout_is_as_assumed(), "the kernels' bit positions are those of l
 
 inline F32 load_as_float(const unsigned char* p, DType type) {
   switch (type) {
-    case DType::kF32:
-      return load(reinterpret_cast<const float*>(p));
-    case DType::kF16:
-      return load_f16(reinterpret_cast<const uint16_t*>(p));
-    case DType::kBF16:
-      return load_bf16(reinterpret_cast<const uint16_t*>(p));
+    case DType::kF32: return load(reinterpret_cast<const float*>(p));
+    case DType::kF16: return load_f16(reinterpret_cast<const uint16_t*>(p));
+    case DType::kBF16: return load_bf16(reinterpret_cast<const uint16_t*>(p));
   }
   return zero();
 }
@@ -116,8 +111,12 @@ inline void load_columns(const void* array, DType type, const KernelArgs& args, 
   const int64_t step = kLanes * (type == DType::kF32 ? 4 : 2);
   for (int i = 0; i < kVectors; ++i) {
     F32 even, odd;
-    deinterleave(load_as_float(in + 2 * i * step, type),
-                 load_as_float(in + (2 * i + 1) * step, type), &even, &odd);
+    if (type == DType::kBF16) {
+      load_bf16_pairs(reinterpret_cast<const uint16_t*>(in + 2 * i * step), &even, &odd);
+    } else {
+      deinterleave(load_as_float(in + 2 * i * step, type), load_as_float(in + (2 * i + 1) * step, type),
+                   &even, &odd);
+    }
     store(out + i * kLanes, even);
     store(out + kColumns + i * kLanes, odd);
   }
@@ -142,15 +141,13 @@ inline void write_columns(const KernelArgs& args, int64_t row, int64_t n_block, 
         store_bf16(halves, low);
         store_bf16(halves + kLanes, high);
       }
-      std::memcpy(reinterpret_cast<unsigned char*>(buffer) + 4 * i * kLanes, halves,
-                  sizeof(halves));
+      std::memcpy(reinterpret_cast<unsigned char*>(buffer) + 4 * i * kLanes, halves, sizeof(halves));
     }
   }
   const int64_t n = n_block * kBlockN;
   const int64_t count = args.n - n < kBlockN ? args.n - n : kBlockN;
   const int64_t size = args.y_type == DType::kF32 ? 4 : 2;
-  std::memcpy(static_cast<unsigned char*>(args.y) + (row * args.n + n) * size, buffer,
-              count * size);
+  std::memcpy(static_cast<unsigned char*>(args.y) + (row * args.n + n) * size, buffer, count * size);
 }
 
 void stage(const KernelArgs& args, int64_t row, int rows, int64_t k_block, int64_t k_blocks,
@@ -198,26 +195,27 @@ inline void decode_step(const uint32_t* lanes, const F32* zeros, Use&& use) {
   decode_position<kZeros, 7>(words, zeros, use);
 }
 
-// What a group has in one block: all of it, or one half when groups are 32 long.
+// What a group has in one row of blocks: all their k, or half when groups are 32 long.
 struct Piece {
   int begin, end;       // p
-  const float* scales;  // [32], even columns first
+  const float* scales;  // [32] for each block, even columns first
   const float* zeros;   // the same, or null
 };
 
-inline void load_zeros(const Piece& piece, F32* zeros) {
-  for (int i = 0; i < 2 * kVectors; ++i) zeros[i] = load(piece.zeros + i * kLanes);
+inline void load_zeros(const Piece& piece, int64_t c, F32* zeros) {
+  for (int i = 0; i < 2 * kVectors; ++i) {
+    zeros[i] = load(piece.zeros + c * kBlockN + i * kLanes);
+  }
 }
 
-inline void add_scaled(F32 scale, F32 value, float* sum) {
-  store(sum, fma(scale, value, load(sum)));
-}
+inline void add_scaled(F32 scale, F32 value, float* sum) { store(sum, fma(scale, value, load(sum))); }
 
 // Few rows: every level goes straight from its word into the sums.
 template <int rows, bool kZeros>
-void add_fused(const uint32_t* lanes, const float* x, const Piece& piece, float* sums) {
+void add_fused(const uint32_t* lanes, const float* x, const Piece& piece, int64_t c, float* sums) {
+  const float* const scales = piece.scales + c * kBlockN;
   F32 zeros[2 * kVectors];
-  if constexpr (kZeros) load_zeros(piece, zeros);
+  if constexpr (kZeros) load_zeros(piece, c, zeros);
   F32 acc[rows][2 * kVectors];
   for (int r = 0; r < rows; ++r) {
     for (int i = 0; i < 2 * kVectors; ++i) acc[r][i] = zero();
@@ -232,26 +230,26 @@ void add_fused(const uint32_t* lanes, const float* x, const Piece& piece, float*
   }
   for (int r = 0; r < rows; ++r) {
     for (int i = 0; i < 2 * kVectors; ++i) {
-      add_scaled(load(piece.scales + i * kLanes), acc[r][i], sums + r * kBlockN + i * kLanes);
+      add_scaled(load(scales + i * kLanes), acc[r][i], sums + r * kBlockN + i * kLanes);
     }
   }
 }
 
 // Many rows: the levels of a piece, [p][32], even columns first.
 template <bool kZeros>
-void decode_panel(const uint32_t* lanes, const Piece& piece, float* panel) {
+void decode_panel(const uint32_t* lanes, const Piece& piece, int64_t c, float* panel) {
   F32 zeros[2 * kVectors];
-  if constexpr (kZeros) load_zeros(piece, zeros);
+  if constexpr (kZeros) load_zeros(piece, c, zeros);
   for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
     float* const out = panel + step * kStepK * kBlockN;
-    decode_step<kZeros>(lanes + step * kColumns, zeros, [&](int p, int i, F32 level) {
-      store(out + p * kBlockN + i * kLanes, level);
-    });
+    decode_step<kZeros>(lanes + step * kColumns, zeros,
+                        [&](int p, int i, F32 level) { store(out + p * kBlockN + i * kLanes, level); });
   }
 }
 
 template <int rows>
-void add_panel(const float* panel, const float* x, const Piece& piece, float* sums) {
+void add_panel(const float* panel, const float* x, const Piece& piece, int64_t c, float* sums) {
+  const float* const scales = piece.scales + c * kBlockN;
   constexpr int kWidth = kMicroVectors * kLanes;
   static_assert(kBlockN % kWidth == 0, "the micro-kernel's columns divide the block's");
   for (int n = 0; n < kBlockN; n += kWidth) {
@@ -261,8 +259,7 @@ void add_panel(const float* panel, const float* x, const Piece& piece, float* su
     }
     for (int p = piece.begin; p < piece.end; ++p) {
       F32 levels[kMicroVectors];
-      for (int i = 0; i < kMicroVectors; ++i)
-        levels[i] = load(panel + p * kBlockN + n + i * kLanes);
+      for (int i = 0; i < kMicroVectors; ++i) levels[i] = load(panel + p * kBlockN + n + i * kLanes);
       for (int r = 0; r < rows; ++r) {
         const F32 value = splat(x[p * rows + r]);
         for (int i = 0; i < kMicroVectors; ++i) acc[r][i] = fma(levels[i], value, acc[r][i]);
@@ -271,52 +268,66 @@ void add_panel(const float* panel, const float* x, const Piece& piece, float* su
     for (int r = 0; r < rows; ++r) {
       for (int i = 0; i < kMicroVectors; ++i) {
         const int at = n + i * kLanes;
-        add_scaled(load(piece.scales + at), acc[r][i], sums + r * kBlockN + at);
+        add_scaled(load(scales + at), acc[r][i], sums + r * kBlockN + at);
       }
     }
   }
 }
 
+// The pieces of one block of k, without their scales; returns how many there are.
+inline int pieces_of(const KernelArgs& args, int64_t k_block, Piece* pieces, int64_t* groups) {
+  const int64_t k = k_block * kBlockK;
+  const bool halves = args.groups > 1 && args.group_size < kBlockK;
+  pieces[0] = {0, halves ? kBlockK / 2 : kBlockK, nullptr, nullptr};
+  pieces[1] = {kBlockK / 2, kBlockK, nullptr, nullptr};
+  groups[0] = args.groups > 1 ? k / args.group_size : 0;
+  groups[1] = groups[0] + 1;
+  return halves && groups[1] < args.groups ? 2 : 1;
+}
+
 // Walks a region: k outermost, so that the columns of the region share x, and neighbouring blocks
-// of words are read one after the other. add_block(k_block, lanes, piece, sums) adds one piece of
-// one block to sums [rows][32].
-template <class AddBlock>
-inline void walk(const KernelArgs& args, const Region& region, AddBlock&& add_block) {
+// of words are read one after the other. add_row(k_block, lanes, piece, sums) adds one piece of the
+// region's row of blocks, lanes [n_blocks][128], to sums [n_blocks][rows][32].
+template <class AddRow>
+inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row) {
   alignas(64) float totals[kMaxRowBlocks * kBlockN];
   alignas(64) float sums[kMaxRowBlocks * kBlockN];
-  alignas(64) uint32_t lanes[kWordsPerBlock];
-  alignas(64) float scales[kBlockN];
-  alignas(64) float zeros[kBlockN];
+  alignas(64) uint32_t lanes[kMaxRegionBlocks * kWordsPerBlock];
+  alignas(64) float scales[kMaxRegionBlocks * kBlockN];
+  alignas(64) float zeros[kMaxRegionBlocks * kBlockN];
   const int64_t row_floats = region.rows * kBlockN;
   const int64_t floats = region.n_blocks * row_floats;
-  const bool halves = args.groups > 1 && args.group_size < kBlockK;
-  const int pieces = halves ? 2 : 1;
   std::memset(totals, 0, floats * sizeof(float));
 
-  const auto add_column_block = [&](int64_t k_block, int64_t n_block) {
-    const uint32_t* const words = args.words + (k_block * args.n_blocks + n_block) * kWordsPerBlock;
-    if (k_block + 1 < args.k_blocks) {
+  const auto transpose_row = [&](int64_t k_block) {
+    const uint32_t* words = args.words + (k_block * args.n_blocks + region.n_block) * kWordsPerBlock;
+    const bool prefetch = k_block + 1 < args.k_blocks;
+    for (int64_t c = 0; c < region.n_blocks; ++c, words += kWordsPerBlock) {
       // The next block of these columns is a whole row of blocks away: too far for the hardware.
-      for (int w = 0; w < kWordsPerBlock; w += kCacheLineWords) {
+      for (int w = 0; prefetch && w < kWordsPerBlock; w += kCacheLineWords) {
         __builtin_prefetch(words + args.n_blocks * kWordsPerBlock + w);
       }
+      transpose_block(words, lanes + c * kWordsPerBlock);
     }
-    transpose_block(words, lanes);
-    for (int half = 0; half < pieces; ++half) {
-      const int64_t k = k_block * kBlockK + half * (kBlockK / 2);
-      if (half > 0 && k >= args.k) break;
-      const int64_t group = args.groups > 1 ? k / args.group_size : 0;
-      Piece piece = {0, kBlockK, scales, nullptr};
-      if (halves) {
-        piece.begin = half * (kBlockK / 2);
-        piece.end = piece.begin + kBlockK / 2;
-      }
-      load_columns(args.scales, args.scale_type, args, group, n_block, scales);
+  };
+  const auto load_row = [&](const void* array, DType type, int64_t group, float* out) {
+    for (int64_t c = 0; c < region.n_blocks; ++c) {
+      load_columns(array, type, args, group, region.n_block + c, out + c * kBlockN);
+    }
+  };
+  const auto add_pieces = [&](int64_t k_block) {
+    Piece pieces[2];
+    int64_t groups[2];
+    const int count = pieces_of(args, k_block, pieces, groups);
+    for (int i = 0; i < count; ++i) {
+      Piece& piece = pieces[i];
+      load_row(args.scales, args.scale_type, groups[i], scales);
+      piece.scales = scales;
       if (args.zeros != nullptr) {
-        load_columns(args.zeros, args.zero_type, args, group, n_block, zeros);
+        load_row(args.zeros, args.zero_type, groups[i], zeros);
         piece.zeros = zeros;
       }
-      add_block(k_block, lanes, piece, sums + (n_block - region.n_block) * row_floats);
+      add_row(k_block, lanes, piece, sums);
     }
   };
 
@@ -325,15 +336,16 @@ inline void walk(const KernelArgs& args, const Region& region, AddBlock&& add_bl
     const int64_t last = first + (rest < kSegmentBlocks ? rest : kSegmentBlocks);
     std::memset(sums, 0, floats * sizeof(float));
     for (int64_t k_block = first; k_block < last; ++k_block) {
-      for (int64_t c = 0; c < region.n_blocks; ++c) add_column_block(k_block, region.n_block + c);
+      transpose_row(k_block);
+      add_pieces(k_block);
     }
-    for (int64_t i = 0; i < floats; i += kLanes)
+    for (int64_t i = 0; i < floats; i += kLanes) {
       store(totals + i, add(load(totals + i), load(sums + i)));
+    }
   }
   for (int64_t c = 0; c < region.n_blocks; ++c) {
     for (int64_t r = 0; r < region.rows; ++r) {
-      write_columns(args, region.row + r, region.n_block + c,
-                    totals + c * row_floats + r * kBlockN);
+      write_columns(args, region.row + r, region.n_block + c, totals + c * row_floats + r * kBlockN);
     }
   }
 }
@@ -341,11 +353,14 @@ inline void walk(const KernelArgs& args, const Region& region, AddBlock&& add_bl
 template <int rows, bool kZeros>
 void run_fused(const KernelArgs& args, const Region& region, const float* staged) {
   walk(args, region, [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
-    add_fused<rows, kZeros>(lanes, staged + k_block * kBlockK * rows, piece, sums);
+    for (int64_t c = 0; c < region.n_blocks; ++c) {
+      add_fused<rows, kZeros>(lanes + c * kWordsPerBlock, staged + k_block * kBlockK * rows, piece, c,
+                              sums + c * rows * kBlockN);
+    }
   });
 }
 
-using AddPanel = void (*)(const float* panel, const float* x, const Piece& piece, float* sums);
+using AddPanel = void (*)(const float* panel, const float* x, const Piece& piece, int64_t c, float* sums);
 
 template <int rows>
 AddPanel add_panel_of(int actual) {
@@ -362,16 +377,21 @@ void run_panel(const KernelArgs& args, const Region& region, int tile_rows, cons
   const int64_t last_rows = region.rows % tile_rows;
   const AddPanel add_tile = add_panel_of<kMaxRows>(tile_rows);
   const AddPanel add_last = add_panel_of<kMaxRows>(static_cast<int>(last_rows));
-  walk(args, region, [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
-    decode_panel<kZeros>(lanes, piece, panel);
+  const auto add_tiles = [&](int64_t k_block, const Piece& piece, int64_t c, float* sums) {
     int64_t row = 0;
     for (; row + tile_rows <= region.rows; row += tile_rows) {
       const float* const x = staged + (row * args.k_blocks + k_block * tile_rows) * kBlockK;
-      add_tile(panel, x, piece, sums + row * kBlockN);
+      add_tile(panel, x, piece, c, sums + row * kBlockN);
     }
     if (last_rows > 0) {
       const float* const x = staged + (row * args.k_blocks + k_block * last_rows) * kBlockK;
-      add_last(panel, x, piece, sums + row * kBlockN);
+      add_last(panel, x, piece, c, sums + row * kBlockN);
+    }
+  };
+  walk(args, region, [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
+    for (int64_t c = 0; c < region.n_blocks; ++c) {
+      decode_panel<kZeros>(lanes + c * kWordsPerBlock, piece, c, panel);
+      add_tiles(k_block, piece, c, sums + c * region.rows * kBlockN);
     }
   });
 }
@@ -409,33 +429,55 @@ void make_tables(const float* staged, int rows, int64_t k_block, int64_t k_block
   }
 }
 
-template <int h, int u, int rows>
-inline void add_pair(U32 words, const float* tables, F32 (*acc)[2]) {
-  const U32 even = shift_right<shift_of(h, 0, u, 0)>(words);
-  const U32 odd = shift_right<shift_of(h, 1, u, 0)>(words);
+// One byte of every word: two neighbouring codes of an even column, and two of an odd one.
+//
+// Every second addition is written as a multiply-add by one: the same value from other units. On Zen
+// 4, permutes and shifts share units with additions, and the mixture runs a third faster.
+template <int byte, int rows, int blocks>
+inline void add_byte(const U32* words, const float* tables, F32 one, F32 (*acc)[rows][2]) {
+  constexpr int h = byte / 2, u = byte % 2;
+  U32 even[blocks], odd[blocks];
+  for (int c = 0; c < blocks; ++c) {
+    even[c] = shift_right<shift_of(h, 0, u, 0)>(words[c]);
+    odd[c] = shift_right<shift_of(h, 1, u, 0)>(words[c]);
+  }
   for (int r = 0; r < rows; ++r) {
-    const F32 table = load(tables + ((2 * h + u) * rows + r) * kEntries);
-    acc[r][0] = add(acc[r][0], look_up(even, table));
-    acc[r][1] = add(acc[r][1], look_up(odd, table));
+    const F32 table = load(tables + (byte * rows + r) * kEntries);
+    for (int c = 0; c < blocks; ++c) {
+      acc[c][r][0] = fma(look_up(even[c], table), one, acc[c][r][0]);
+      acc[c][r][1] = add(acc[c][r][1], look_up(odd[c], table));
+    }
   }
 }
 
-template <int rows>
-void add_looked_up(const uint32_t* lanes, const float* tables, const Piece& piece, float* sums) {
+// `blocks` neighbouring blocks of columns share each table and give more independent sums.
+template <int rows, int blocks>
+void add_looked_up(const uint32_t* lanes, const float* tables, const Piece& piece, int64_t column,
+                   float* sums) {
   static_assert(kVectors == 1, "the lanes of a block are one vector");
-  F32 acc[rows][2];
-  for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = zero();
-  for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
-    const U32 words = load_words(lanes + step * kColumns);
-    const float* const step_tables = tables + step * (kStepK / 2) * rows * kEntries;
-    add_pair<0, 0, rows>(words, step_tables, acc);
-    add_pair<0, 1, rows>(words, step_tables, acc);
-    add_pair<1, 0, rows>(words, step_tables, acc);
-    add_pair<1, 1, rows>(words, step_tables, acc);
+  const F32 one = opaque(splat(1.f));
+  F32 acc[blocks][rows][2];
+  for (int c = 0; c < blocks; ++c) {
+    for (int r = 0; r < rows; ++r) acc[c][r][0] = acc[c][r][1] = zero();
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int b = 0; b < 2; ++b) {
-      add_scaled(load(piece.scales + b * kColumns), acc[r][b], sums + r * kBlockN + b * kColumns);
+  for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
+    U32 words[blocks];
+    for (int c = 0; c < blocks; ++c) {
+      words[c] = load_words(lanes + c * kWordsPerBlock + step * kColumns);
+    }
+    const float* const step_tables = tables + step * (kStepK / 2) * rows * kEntries;
+    add_byte<0, rows, blocks>(words, step_tables, one, acc);
+    add_byte<1, rows, blocks>(words, step_tables, one, acc);
+    add_byte<2, rows, blocks>(words, step_tables, one, acc);
+    add_byte<3, rows, blocks>(words, step_tables, one, acc);
+  }
+  for (int c = 0; c < blocks; ++c) {
+    const float* const scales = piece.scales + (column + c) * kBlockN;
+    for (int r = 0; r < rows; ++r) {
+      for (int b = 0; b < 2; ++b) {
+        add_scaled(load(scales + b * kColumns), acc[c][r][b],
+                   sums + (c * rows + r) * kBlockN + b * kColumns);
+      }
     }
   }
 }
@@ -444,10 +486,18 @@ template <int rows>
 void run_table_rows(const KernelArgs& args, const Region& region, const float* tables) {
   if constexpr (rows > 0) {
     if (region.rows != rows) return run_table_rows<rows - 1>(args, region, tables);
-    walk(args, region,
-         [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
-           add_looked_up<rows>(lanes, tables + k_block * kPairs * rows * kEntries, piece, sums);
-         });
+    constexpr int blocks = kMaxTableRows / rows > 4 ? 4 : kMaxTableRows / rows;
+    walk(args, region, [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
+      const float* const row_tables = tables + k_block * kPairs * rows * kEntries;
+      int64_t c = 0;
+      for (; c + blocks <= region.n_blocks; c += blocks) {
+        add_looked_up<rows, blocks>(lanes + c * kWordsPerBlock, row_tables, piece, c,
+                                    sums + c * rows * kBlockN);
+      }
+      for (; c < region.n_blocks; ++c) {
+        add_looked_up<rows, 1>(lanes + c * kWordsPerBlock, row_tables, piece, c, sums + c * rows * kBlockN);
+      }
+    });
   }
 }
 

@@ -6,7 +6,7 @@
 //   lanes   the 16 words of a block with the same (kk, t). They share all their k; lane 2g + i
 //   holds
 //           the columns n = 2 * lane + b, so bit positions b = 0 are the even columns.
-//   p       a block's k in the order in which the kernels meet them: ((kk, t), h, q, u). Sums over
+//   p       a block's k in the order in which the kernels meet them: ((kk, t), h, u, q). Sums over
 //   k
 //           always run in this order, whatever the number of rows or threads, so a row of y does
 //           not depend on the rows beside it.
@@ -45,8 +45,9 @@ struct Region {
   int64_t n_blocks;
 };
 
-// A region's sums lie on the stack of its task.
-inline constexpr int kMaxRowBlocks = 192;  // rows * n_blocks: 24 KB of sums
+// A region's sums and words lie on the stack of its task.
+inline constexpr int kMaxRowBlocks = 192;    // rows * n_blocks: 24 KB of sums
+inline constexpr int kMaxRegionBlocks = 16;  // n_blocks: 8 KB of words
 
 struct Kernels {
   const char* name;
@@ -58,8 +59,7 @@ struct Kernels {
   void (*stage)(const KernelArgs& args, int64_t row, int rows, int64_t k_block, int64_t k_blocks,
                 float* staged);
   // The tables of the same blocks from the tile's staged rows.
-  void (*make_tables)(const float* staged, int rows, int64_t k_block, int64_t k_blocks,
-                      float* tables);
+  void (*make_tables)(const float* staged, int rows, int64_t k_block, int64_t k_blocks, float* tables);
   // `staged`: the region's tiles one after the other; tile_rows: how the region's rows are cut, a
   // tile at a time (tiles of the same height, except that the last may be lower).
   void (*run)(const KernelArgs& args, const Region& region, int tile_rows, const float* staged);

@@ -16,8 +16,6 @@ using Codes = Layout<2>;
 
 // Enough tasks to keep the last one from mattering on some dozens of threads.
 constexpr int64_t kWantedTasks = 64;
-// A task's columns, in blocks: a 4 KB page of words at a time, a few times over.
-constexpr int64_t kMaxStripBlocks = 16;
 // Rows that share one decoded panel of weights.
 constexpr int64_t kMaxRegionRows = 96;
 // Staged rows and tables of one round: what a last-level cache can hold.
@@ -88,8 +86,7 @@ class Matmul {
     const int64_t row_bytes =
         k_padded_ * (static_cast<int64_t>(sizeof(float)) + (tables_ ? kTableBytes : 0));
     const int64_t tiles = ceil_div(args_.m, tile_rows_);
-    const int64_t round_tiles =
-        std::clamp<int64_t>(kScratchBytes / (tile_rows_ * row_bytes), 1, tiles);
+    const int64_t round_tiles = std::clamp<int64_t>(kScratchBytes / (tile_rows_ * row_bytes), 1, tiles);
     const int64_t round_rows = round_tiles * tile_rows_;
     const Scratch staged(std::min(args_.m, round_rows) * k_padded_);
     const Scratch tables(tables_ ? round_rows * k_padded_ * kTableBytes / sizeof(float) : 0);
@@ -101,9 +98,7 @@ class Matmul {
   }
 
  private:
-  static int64_t table_floats(int64_t row_floats) {
-    return row_floats * kTableBytes / sizeof(float);
-  }
+  static int64_t table_floats(int64_t row_floats) { return row_floats * kTableBytes / sizeof(float); }
 
   void stage(int64_t row, int64_t rows, float* staged, float* tables) const {
     const int64_t parts = ceil_div(args_.k_blocks, kStageBlocks);
@@ -126,7 +121,7 @@ class Matmul {
     const int64_t region_rows =
         tables_ ? tile_rows_ : std::max<int64_t>(1, kMaxRegionRows / tile_rows_) * tile_rows_;
     const int64_t bands = ceil_div(rows, region_rows);
-    const int64_t most = std::min(kMaxStripBlocks, kMaxRowBlocks / std::min(region_rows, rows));
+    const int64_t most = std::min(int64_t{kMaxRegionBlocks}, kMaxRowBlocks / std::min(region_rows, rows));
     const int64_t strip = std::clamp<int64_t>(args_.n_blocks * bands / kWantedTasks, 1, most);
     const bool serial = rows * args_.n * args_.k <= kSerialProducts;
     // The bands of one strip follow each other: its words are still in the cache.

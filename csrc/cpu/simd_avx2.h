@@ -21,9 +21,7 @@ inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 
-inline U32 load_words(const uint32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
+inline U32 load_words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 template <int count>
 inline U32 shift_right(U32 a) {
   return count == 0 ? a : _mm256_srli_epi32(a, count);
@@ -44,6 +42,12 @@ inline F32 load_f16(const uint16_t* p) {
 inline F32 load_bf16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+// Of 16 neighbours, those at even and at odd places: the low and the high half of each word.
+inline void load_bf16_pairs(const uint16_t* p, F32* even, F32* odd) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
 }
 inline void store_f16(uint16_t* p, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
@@ -85,8 +89,7 @@ inline void transpose_block(const uint32_t* words, uint32_t* lanes) {
       const uint32_t* const in = words + 16 * g + 4 * t;
       const __m256i r0 = load_words(in), r1 = load_words(in + 16);
       const __m256i r2 = load_words(in + 32), r3 = load_words(in + 48);
-      const __m256i kk0_low = _mm256_unpacklo_epi64(r0, r1),
-                    kk1_low = _mm256_unpackhi_epi64(r0, r1);
+      const __m256i kk0_low = _mm256_unpacklo_epi64(r0, r1), kk1_low = _mm256_unpackhi_epi64(r0, r1);
       const __m256i kk0_high = _mm256_unpacklo_epi64(r2, r3);
       const __m256i kk1_high = _mm256_unpackhi_epi64(r2, r3);
       const auto put = [&](int kk, int to_t, __m256i v) {

@@ -23,6 +23,12 @@ inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 
+// A value that the compiler must not look into.
+inline F32 opaque(F32 a) {
+  __asm__("" : "+v"(a));
+  return a;
+}
+
 inline U32 load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
 template <int count>
 inline U32 shift_right(U32 a) {
@@ -31,12 +37,8 @@ inline U32 shift_right(U32 a) {
 
 // The lowest two bits of each lane as floats: the code, and the code - 1. The permute reads those
 // two bits only, so nothing needs masking.
-inline F32 code_values(U32 a) {
-  return _mm512_permutevar_ps(_mm512_setr4_ps(0.f, 1.f, 2.f, 3.f), a);
-}
-inline F32 code_levels(U32 a) {
-  return _mm512_permutevar_ps(_mm512_setr4_ps(-1.f, 0.f, 1.f, 2.f), a);
-}
+inline F32 code_values(U32 a) { return _mm512_permutevar_ps(_mm512_setr4_ps(0.f, 1.f, 2.f, 3.f), a); }
+inline F32 code_levels(U32 a) { return _mm512_permutevar_ps(_mm512_setr4_ps(-1.f, 0.f, 1.f, 2.f), a); }
 
 // table[lowest four bits of each lane]
 inline F32 look_up(U32 a, F32 table) { return _mm512_permutexvar_ps(a, table); }
@@ -44,17 +46,21 @@ inline F32 look_up(U32 a, F32 table) { return _mm512_permutexvar_ps(a, table); }
 // For entry e of a table: the levels of the codes e % 4 and e / 4.
 inline F32 low_levels() { return _mm512_setr4_ps(-1.f, 0.f, 1.f, 2.f); }
 inline F32 high_levels() {
-  return _mm512_setr_ps(-1.f, -1.f, -1.f, -1.f, 0.f, 0.f, 0.f, 0.f, 1.f, 1.f, 1.f, 1.f, 2.f, 2.f,
-                        2.f, 2.f);
+  return _mm512_setr_ps(-1.f, -1.f, -1.f, -1.f, 0.f, 0.f, 0.f, 0.f, 1.f, 1.f, 1.f, 1.f, 2.f, 2.f, 2.f, 2.f);
 }
 
 inline F32 load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline F32 load_bf16(const uint16_t* p) {
-  const __m512i wide =
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+// Of 32 neighbours, those at even and at odd places: the low and the high half of each word.
+inline void load_bf16_pairs(const uint16_t* p, F32* even, F32* odd) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 inline void store_f16(uint16_t* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -65,15 +71,12 @@ inline void store_bf16(uint16_t* p, F32 a) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i result =
-      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+  const __m512i result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
 }
 
 inline void deinterleave(F32 a, F32 b, F32* even, F32* odd) {
-  const __m512i from_even =
-      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i from_even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i from_odd = _mm512_add_epi32(from_even, _mm512_set1_epi32(1));
   *even = _mm512_permutex2var_ps(a, from_even, b);
   *odd = _mm512_permutex2var_ps(a, from_odd, b);

@@ -36,8 +36,12 @@ inline F32 code_values(U32 a) { return vcvtq_f32_u32(vandq_u32(a, vdupq_n_u32(3)
 inline F32 code_levels(U32 a) { return vsubq_f32(code_values(a), vdupq_n_f32(1.f)); }
 
 inline F32 load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-inline F32 load_bf16(const uint16_t* p) {
-  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+inline F32 load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+// Of 8 neighbours, those at even and at odd places.
+inline void load_bf16_pairs(const uint16_t* p, F32* even, F32* odd) {
+  const uint16x4x2_t pairs = vld2_u16(p);
+  *even = vreinterpretq_f32_u32(vshll_n_u16(pairs.val[0], 16));
+  *odd = vreinterpretq_f32_u32(vshll_n_u16(pairs.val[1], 16));
 }
 inline void store_f16(uint16_t* p, F32 a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 inline void store_bf16(uint16_t* p, F32 a) {

@@ -91,6 +91,12 @@ inline F32 load_bf16(const uint16_t* p) {
   const auto wide = [&](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); };
   return F32{wide(0), wide(1), wide(2), wide(3)};
 }
+// Of 8 neighbours, those at even and at odd places.
+inline void load_bf16_pairs(const uint16_t* p, F32* even, F32* odd) {
+  const auto wide = [&](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); };
+  *even = F32{wide(0), wide(2), wide(4), wide(6)};
+  *odd = F32{wide(1), wide(3), wide(5), wide(7)};
+}
 inline void store_f16(uint16_t* p, F32 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(a[i]);
 }
