@@ -6,6 +6,7 @@ from .matmul import matmul as matmul
 from .pack import pack as pack
 from .pack import unpack as unpack
 from .quantizers import quantize as quantize
+from .quantizers import quantize as quantize
 from .reference import dequantize as dequantize
 from .types import QuantTensor as QuantTensor
 

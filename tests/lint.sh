@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of style and types, with the tools that the extra "lint" pins:
+# Every check of style and types, with the tools pinned in tests/lint-requirements.txt:
 #
 #     tests/lint.sh          complain
 #     tests/lint.sh --fix    format and repair what can be
