@@ -1,13 +1,14 @@
 """2-bit weights for JAX: quantise, pack, and multiply without unpacking."""
 
+from importlib.metadata import version as _version
+
 from .layout import LAYOUT_VERSION as LAYOUT_VERSION
 from .matmul import explain as explain
 from .matmul import matmul as matmul
 from .pack import pack as pack
 from .pack import unpack as unpack
 from .quantizers import quantize as quantize
-from .quantizers import quantize as quantize
 from .reference import dequantize as dequantize
 from .types import QuantTensor as QuantTensor
 
-__version__ = "0.1.0"
+__version__: str = _version("jax-trirun")

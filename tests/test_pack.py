@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_trirun
@@ -27,6 +27,7 @@ def test_unpack_inverts_pack(k, n, bits, seed):
     np.testing.assert_array_equal(jax_trirun.unpack(words, (k, n), bits=bits), codes)
 
 
+@settings(max_examples=10)  # each compiles three programs
 @given(k=sizes, n=sizes, bits=bit_widths)
 def test_native_and_plain_jax_agree(k, n, bits):
     codes = random_codes((k, n), bits)

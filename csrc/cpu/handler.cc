@@ -122,12 +122,11 @@ std::string operand_error(const char* name, const ffi::AnyBuffer& buffer,
 
 // x [M, K], words [K / kBlockK, N / kBlockN, 128], scales [groups, N], zeros [groups, N], or [0, N]
 // when the zero point is Layout<2>::kZeroPoint -> y [M, N] in x's type or float32.
-ffi::Error matmul_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer words,
-                       ffi::AnyBuffer scales, ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error matmul_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer words, ffi::AnyBuffer scales,
+                       ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y) {
   if (x.dimensions().size() != 2 || scales.dimensions().size() != 2) {
     return ffi::Error::InvalidArgument("matmul: x must be [M, K] and scales [groups, N], got " +
-                                       shape_of(x.dimensions()) + " and " +
-                                       shape_of(scales.dimensions()));
+                                       shape_of(x.dimensions()) + " and " + shape_of(scales.dimensions()));
   }
   MatmulArgs args;
   args.problem.m = x.dimensions()[0];
@@ -196,7 +195,8 @@ std::string pack_sizes(const ffi::AnyBuffer& codes, const ffi::AnyBuffer& words,
   if (codes.element_type() != ffi::DataType::U8 || words.element_type() != ffi::DataType::U32) {
     return "pack: codes must be uint8 and words uint32" + got;
   }
-  if (c.size() < 2 || w.size() != c.size() + 1) return "pack: words must have one axis more than codes" + got;
+  if (c.size() < 2 || w.size() != c.size() + 1)
+    return "pack: words must have one axis more than codes" + got;
   const size_t lead = c.size() - 2;
   for (size_t i = 0; i < lead; ++i) {
     if (c[i] != w[i]) return "pack: leading axes must be equal" + got;
@@ -259,18 +259,14 @@ ffi::Error unpack_impl(ffi::ThreadPool pool, ffi::AnyBuffer words, ffi::Result<f
   return bad_bits(bits);
 }
 
-XLA_FFI_DEFINE_HANDLER(pack_handler, pack_impl,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<int64_t>("bits"));
-XLA_FFI_DEFINE_HANDLER(unpack_handler, unpack_impl,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<int64_t>("bits"));
+XLA_FFI_DEFINE_HANDLER(
+    pack_handler, pack_impl,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>(
+        "bits"));
+XLA_FFI_DEFINE_HANDLER(
+    unpack_handler, unpack_impl,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>(
+        "bits"));
 
 // ---- Python -------------------------------------------------------------------------------------
 
@@ -338,15 +334,18 @@ NB_MODULE(_cpu, m) {
   using namespace jax_trirun::cpu;
   m.doc() = "The CPU back end of jax_trirun: FFI handlers and the packed layout's tables.";
   m.def("ffi_handlers", &ffi_handlers, "FFI target name -> handler.");
-  m.def("ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
-        "(major, minor) of the XLA FFI headers that this module was built with.");
+  m.def(
+      "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "(major, minor) of the XLA FFI headers that this module was built with.");
   m.def("layout", &layout, nb::arg("bits"),
         "Sizes and tables of the packed layout: k_of and n_of are int32 [words_per_block, "
         "codes_per_word]; the code of entry (w, i) sits in word w at bit i * bits.");
   m.def("available_isas", &isas, "Instruction sets that this build has and this machine runs, best first.");
   m.def("current_isa", [] { return std::string(current_isa()); }, "The instruction set in use.");
-  m.def("set_isa", [](const std::string& name) { return set_isa(name.c_str()); }, nb::arg("name"),
-        "Use another of available_isas(); False, and no change, for any other name.");
-  m.def("set_max_threads", [](int n) { max_threads.store(n < 0 ? 0 : n); }, nb::arg("n"),
-        "Use at most n threads of XLA's pool; 0 takes the limit away. Results do not depend on it.");
+  m.def(
+      "set_isa", [](const std::string& name) { return set_isa(name.c_str()); }, nb::arg("name"),
+      "Use another of available_isas(); False, and no change, for any other name.");
+  m.def(
+      "set_max_threads", [](int n) { max_threads.store(n < 0 ? 0 : n); }, nb::arg("n"),
+      "Use at most n threads of XLA's pool; 0 takes the limit away. Results do not depend on it.");
 }
