@@ -66,8 +66,15 @@ class LlamaConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-                      "num_kv_heads", "max_positions"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "max_positions",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"LlamaConfig: {field} must be positive, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
@@ -159,8 +166,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         def linear(fan_in, fan_out):
-            return nnx.Linear(fan_in, fan_out, use_bias=False, dtype=dtype, param_dtype=param_dtype,
-                              rngs=rngs)
+            return nnx.Linear(
+                fan_in, fan_out, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
         self.head_dim = config.head_dim
         q_width, kv_width = (h * config.head_dim for h in (config.num_heads, config.num_kv_heads))
@@ -187,8 +195,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         def linear(fan_in, fan_out):
-            return nnx.Linear(fan_in, fan_out, use_bias=False, dtype=dtype, param_dtype=param_dtype,
-                              rngs=rngs)
+            return nnx.Linear(
+                fan_in, fan_out, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
@@ -226,14 +235,14 @@ class Llama(nnx.Module):
         self.dtype = dtype
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **kinds)
         self.layers = nnx.List([Block(config, **kinds) for _ in range(config.num_layers)])
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_eps, use_fast_variance=False,
-                                **kinds)
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_eps, use_fast_variance=False, **kinds)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **kinds)
 
     @classmethod
-    def from_weights(cls, config: LlamaConfig, weights: Mapping[str, Any], *, dtype=jnp.float32,
-                     param_dtype=jnp.float32) -> Llama:
+    def from_weights(
+        cls, config: LlamaConfig, weights: Mapping[str, Any], *, dtype=jnp.float32, param_dtype=jnp.float32
+    ) -> Llama:
         """A decoder with given weights; none are drawn first.
 
         Args:
@@ -257,8 +266,10 @@ class Llama(nnx.Module):
                 raise ValueError(
                     f"Llama.from_weights: {path} must have shape {leaf.shape}, got {weights[path].shape}"
                 )
-        filled = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))], param_dtype)))
-                  for path, leaf in nnx.to_flat_state(state)]
+        filled = [
+            (path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))], param_dtype)))
+            for path, leaf in nnx.to_flat_state(state)
+        ]
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
     def hidden(self, tokens, cache: KVCache | None = None):

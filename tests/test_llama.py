@@ -11,8 +11,14 @@ from flax import nnx
 from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, compile_losses, sample
 
 SMALL = LlamaConfig(
-    vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2,
-    max_positions=64, rope_theta=500.0,
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    max_positions=64,
+    rope_theta=500.0,
 )
 
 
@@ -78,19 +84,26 @@ def float64_weights(model):
     return weights
 
 
-def random_model(config, seed=0):
+def random_weights(config, seed=0):
     """Random weights, the norms' too: their initial ones would hide a norm that is not applied."""
-    model = Llama(config, rngs=nnx.Rngs(seed))
-    state = nnx.state(model)
-    leaves, tree = jax.tree.flatten(state)
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
-    drawn = [
-        jnp.asarray(1 + 0.3 * rng.standard_normal(a.shape) if a.ndim == 1
-                    else 2 * rng.standard_normal(a.shape) / np.sqrt(a.shape[0]), a.dtype)
-        for a in leaves
-    ]
-    nnx.update(model, jax.tree.unflatten(tree, drawn))
-    return model
+
+    def draw(shape):
+        noise = rng.standard_normal(shape)
+        return (1 + 0.3 * noise if len(shape) == 1 else 2 * noise / np.sqrt(shape[0])).astype(np.float32)
+
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): draw(leaf.shape) for path, leaf in flat}
+
+
+def random_model(config, seed=0):
+    return Llama.from_weights(config, random_weights(config, seed))
+
+
+@nnx.jit
+def run(model, *arguments):
+    return model(*arguments)
 
 
 def tokens_of(config, length, seed=1):
@@ -114,14 +127,14 @@ def test_logits_are_those_of_the_float64_equations(changes):
     model = random_model(config)
     tokens = tokens_of(config, 19)
     wanted = numpy_llama(float64_weights(model), config, tokens)
-    got = np.asarray(model(jnp.asarray(tokens)[None]))[0]
+    got = np.asarray(run(model, jnp.asarray(tokens)[None]))[0]
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_decoding_gives_the_logits_of_the_whole_sequence_at_every_position():
     model = random_model(SMALL)
     tokens = tokens_of(SMALL, 24)
-    whole = np.asarray(model(jnp.asarray(tokens)[None]))[0]
+    whole = np.asarray(run(model, jnp.asarray(tokens)[None]))[0]
     decoder = Decoder(model, max_length=32)
     for start in (1, 7, 16, 17):
         logits, cache = decoder.prefill([tokens[:start]])
@@ -146,16 +159,16 @@ def test_a_batch_of_unequal_prompts_decodes_each_as_if_alone():
     seen = np.stack(seen)
     for row, prompt in enumerate(prompts):
         alone = np.concatenate([prompt, following[:, row]])
-        wanted = np.asarray(model(jnp.asarray(alone)[None]))[0, len(prompt) - 1 :]
+        wanted = np.asarray(run(model, jnp.asarray(alone)[None]))[0, len(prompt) - 1 :]
         np.testing.assert_allclose(seen[:, row], wanted, rtol=0, atol=1e-4)
 
 
 def test_a_cache_can_be_filled_in_pieces():
     model = random_model(SMALL)
     tokens = jnp.asarray(tokens_of(SMALL, 12))[None]
-    whole = model(tokens)
-    first, cache = model(tokens[:, :5], KVCache.empty(SMALL, 1, 16))
-    second, cache = model(tokens[:, 5:], cache)
+    whole = run(model, tokens)
+    first, cache = run(model, tokens[:, :5], KVCache.empty(SMALL, 1, 16))
+    second, cache = run(model, tokens[:, 5:], cache)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=0, atol=1e-4)
 
 
@@ -176,17 +189,15 @@ def test_a_whole_cache_can_be_used():
     logits, cache = decoder.prefill([tokens[:18]])
     for token in tokens[18:]:
         logits, cache = decoder.step(np.asarray([token], np.int32), cache)
-    whole = np.asarray(model(jnp.asarray(tokens)[None]))[0, -1]
+    whole = np.asarray(run(model, jnp.asarray(tokens)[None]))[0, -1]
     np.testing.assert_allclose(logits[0], whole, rtol=0, atol=1e-4)
 
 
 def test_bfloat16_stays_near_float32():
     model = random_model(SMALL)
-    graph, state = nnx.split(model)
-    low = Llama(SMALL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    nnx.update(low, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
+    low = Llama.from_weights(SMALL, random_weights(SMALL), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     tokens = jnp.asarray(tokens_of(SMALL, 16))[None]
-    wanted, got = model(tokens), low(tokens)
+    wanted, got = run(model, tokens), run(low, tokens)
     assert got.dtype == jnp.float32
     assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
 
@@ -206,11 +217,9 @@ def test_sampling():
 def test_generating_greedily_is_taking_the_likeliest_token_again_and_again():
     model = random_model(SMALL)
     decoder = Decoder(model, max_length=16)
-    text = [5, 3, 8]
-    new = list(decoder.generate(text, max_new_tokens=13))
-    for token in new:
-        assert token == int(model(jnp.asarray([text]))[0, -1].argmax())
-        text = [*text, token]
+    new = list(decoder.generate([5, 3, 8], max_new_tokens=13))
+    likeliest = run(model, jnp.asarray([[5, 3, 8, *new]])).argmax(-1)[0, 2:-1].tolist()
+    assert new == likeliest
     stop = new[4]
     assert list(decoder.generate([5, 3, 8], max_new_tokens=13, stop={stop})) == new[: new.index(stop)]
 
@@ -224,25 +233,26 @@ def test_the_seed_decides_the_text():
 def test_losses_are_those_of_the_logits():
     model = random_model(SMALL)
     tokens = tokens_of(SMALL, 22).reshape(2, 11)
-    chances = jax.nn.softmax(model(jnp.asarray(tokens)), axis=-1)
+    chances = jax.nn.softmax(run(model, jnp.asarray(tokens)), axis=-1)
     wanted = -np.log([[chances[b, t, tokens[b, t + 1]] for t in range(10)] for b in range(2)])
     np.testing.assert_allclose(compile_losses(model)(tokens), wanted, rtol=1e-5)
 
 
 def test_from_weights_takes_exactly_the_weights_it_needs():
-    model = random_model(SMALL)
-    weights = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in
-               nnx.to_flat_state(nnx.state(model))}
-    tokens = jnp.asarray(tokens_of(SMALL, 9))[None]
-    np.testing.assert_array_equal(Llama.from_weights(SMALL, weights)(tokens), model(tokens))
-
+    weights = random_weights(SMALL)
+    model = Llama.from_weights(SMALL, weights)
+    np.testing.assert_array_equal(
+        model.layers[2].mlp.gate_proj.kernel[...], weights["layers.2.mlp.gate_proj.kernel"]
+    )
     lacking = {k: v for k, v in weights.items() if k != "norm.scale"}
     with pytest.raises(ValueError, match=r"missing \['norm.scale'\], unknown nothing"):
         Llama.from_weights(SMALL, lacking)
     with pytest.raises(ValueError, match=r"missing nothing, unknown \['extra'\]"):
         Llama.from_weights(SMALL, {**weights, "extra": np.zeros(1)})
     turned = {**weights, "layers.1.mlp.up_proj.kernel": np.zeros((96, 64))}
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.kernel must have shape \(64, 96\), got \(96, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.up_proj.kernel must have shape \(64, 96\), got \(96, 64\)"
+    ):
         Llama.from_weights(SMALL, turned)
 
 

@@ -73,8 +73,9 @@ def read(path: str | Path) -> File:
             f"{path}: not a readable GGUF file ({error}); it is damaged or cut short, fetch it again"
         ) from error
     tensors = {
-        t.name: Tensor(t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)),
-                       t.data.reshape(-1).view(np.uint8))
+        t.name: Tensor(
+            t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), t.data.reshape(-1).view(np.uint8)
+        )
         for t in reader.tensors
     }
     return File(path, metadata, tensors)

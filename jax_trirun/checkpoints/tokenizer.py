@@ -36,14 +36,17 @@ class Tokenizer:
         merges = [tuple(pair.split(" ")) for pair in file.need("tokenizer.ggml.merges")]
         vocabulary = {token: i for i, token in enumerate(self.tokens)}
         self._bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
-        self._bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ])
+        self._bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
         self._bpe.decoder = tokenizers.decoders.ByteLevel()
         kinds = file.need("tokenizer.ggml.token_type")
-        self._bpe.add_special_tokens([t for t, kind in zip(self.tokens, kinds, strict=True)
-                                      if kind in (_CONTROL, _USER_DEFINED)])
+        self._bpe.add_special_tokens(
+            [t for t, kind in zip(self.tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+        )
         self.bos: int | None = file.metadata.get("tokenizer.ggml.bos_token_id")
         self.eos: int | None = file.metadata.get("tokenizer.ggml.eos_token_id")
         self._template: str | None = file.metadata.get("tokenizer.chat_template")

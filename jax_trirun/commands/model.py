@@ -1,0 +1,180 @@
+"""What the commands on a language model share: loading, quantising, measuring it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..checkpoints import gguf, smollm2
+from ..checkpoints.tokenizer import Tokenizer
+from ..evaluate import Perplexity, perplexity
+from ..evaluate import sample_text as sample_text
+
+# Found by trying on SmolLM2-135M-Instruct, mse, group size 32: see README.md. Uncalibrated 2 bits in all
+# layers of a model this small leave noise.
+READABLE_LAYERS = r"layers\.([3-9]|1\d|2[0-7])\.mlp\.up_proj"
+LAYER_CHOICES = {"default": READABLE_LAYERS, "all": r"layers\.\d+\.", "none": None}
+
+
+@dataclasses.dataclass
+class LanguageModel:
+    name: str
+    path: Path
+    decoder: Any  # flax_layers.llama.Llama
+    tokenizer: Tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="GGUF",
+        help="a Llama model in a GGUF file; SmolLM2-135M-Instruct, downloaded on first use, when left out",
+    )
+    parser.add_argument(
+        "--layers",
+        default="default",
+        metavar="REGEX",
+        help="linear layers to quantise: a regular expression searched for in their paths, or "
+        f"'all', 'none', 'default' ({READABLE_LAYERS})",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=32,
+        choices=(32, 64, 128, -1),
+        help="weights that share a scale (default: 32)",
+    )
+    parser.add_argument("--method", default="mse", help="quantisation method (default: mse)")
+    parser.add_argument(
+        "--window", type=int, default=512, help="tokens a window of perplexity (default: 512)"
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Finds the mistakes in shared arguments that need no model, before anything is fetched."""
+    from ..quantizers import METHODS
+
+    layers_regex(arguments.layers)
+    if arguments.method not in METHODS:
+        raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {arguments.method!r}")
+    if arguments.window < 2:
+        raise ValueError(f"--window must be at least 2, got {arguments.window}")
+
+
+def load(arguments: argparse.Namespace) -> LanguageModel:
+    """Fetches the model if it must, and loads it in float32."""
+    from flax_layers.llama import Llama, LlamaConfig
+
+    path = Path(arguments.model) if arguments.model else smollm2.fetch()
+    started = time.perf_counter()
+    file = gguf.read(path)
+    tokenizer = Tokenizer(file)
+    config = LlamaConfig(**gguf.llama_config(file))
+    decoder = Llama.from_weights(config, gguf.llama_weights(file))
+    name = str(file.metadata.get("general.name", path.stem))
+    print(f"model      {name}: {path}")
+    print(
+        f"           {config.num_layers} layers, hidden {config.hidden_size}, MLP "
+        f"{config.intermediate_size}, vocabulary {config.vocab_size}; loaded in float32 in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
+    return LanguageModel(name, path, decoder, tokenizer)
+
+
+def layers_regex(choice: str) -> str | None:
+    """--layers as a regular expression, None for no layers."""
+    if choice in LAYER_CHOICES:
+        return LAYER_CHOICES[choice]
+    try:
+        re.compile(choice)
+    except re.error as error:
+        raise ValueError(f"--layers: {choice!r} is not a regular expression ({error})") from error
+    return choice
+
+
+def measure(
+    lm: LanguageModel, documents: Sequence[Sequence[int]], window: int, stride: int | None = None
+) -> Perplexity:
+    """Perplexity of the model as it is now."""
+    from flax_layers.llama import compile_losses
+
+    return perplexity(compile_losses(lm.decoder), documents, window=window, stride=stride)
+
+
+def quantise(lm: LanguageModel, arguments: argparse.Namespace) -> bool:
+    """Quantises the chosen layers in place and prints what became of them; False when none were.
+
+    Raises:
+      ValueError: the regular expression fits no linear layer, or the group size does not divide a width.
+    """
+    import flax_layers
+
+    pattern = layers_regex(arguments.layers)
+    before, held = weight_bytes(lm.decoder), resident_memory()
+    if pattern is None:
+        print(f"memory     {megabytes(before)} of weights, none quantised")
+        return False
+    started = time.perf_counter()
+    report = flax_layers.quantize_module(
+        lm.decoder,
+        include=pattern,
+        method=arguments.method,
+        group_size=arguments.group_size,
+        scale_dtype="float16",
+    )
+    seconds = time.perf_counter() - started
+    linear = len(report.rows) + sum("not in include" in why for why in report.skipped.values())
+    count = sum(math.prod(row.shape) for row in report.rows)
+    share = count / linear_weights(lm.decoder)
+    error = np.mean([row.error for row in report.rows])
+    print(
+        f"quantised  {len(report.rows)} of {linear} linear layers, {share:.0%} of their weights, to 2 bits: {pattern}\n"
+        f"           {arguments.method}, group size {arguments.group_size}, "
+        f"{8 * report.bytes_after / count:.2f} bits a weight with scales, in {seconds:.1f} s; "
+        f"mean relative error {error:.2f}"
+    )
+    print(
+        f"memory     {megabytes(before)} of weights before, {megabytes(weight_bytes(lm.decoder))} after; "
+        f"those layers {megabytes(report.bytes_before)} before, {megabytes(report.bytes_after)} after"
+    )
+    now = resident_memory()
+    if held is not None and now is not None:
+        print(f"           whole process {megabytes(held)} before, {megabytes(now)} after")
+    return True
+
+
+def linear_weights(decoder: Any) -> int:
+    """Weights in linear layers, quantised or not; embedding and head are not counted."""
+    from flax import nnx
+
+    layers = (module for path, module in nnx.iter_graph(decoder) if path and str(path[-1]).endswith("_proj"))
+    return sum(module.in_features * module.out_features for module in layers)
+
+
+def weight_bytes(decoder: Any) -> int:
+    from flax import nnx
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(decoder)))
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that the process holds now; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
