@@ -277,5 +277,5 @@ def test_a_damaged_model_in_the_cache(tmp_path):
 
 def test_a_cache_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot make the cache directory .*set JAX_TRIRUN_CACHE"):
+    with pytest.raises(CheckpointError, match=r"cannot make the cache directory .*set JAX_TRIRUN_CACHE"):
         smollm2.fetch(tmp_path / "file" / "cache")

@@ -131,6 +131,40 @@ def test_logits_are_those_of_the_float64_equations(changes):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
+@pytest.fixture(scope="module")
+def smollm2():
+    """The GGUF file of the real model."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from jax_trirun.checkpoints import CheckpointError, gguf
+    from jax_trirun.checkpoints import smollm2 as source
+
+    try:
+        return gguf.read(source.fetch())
+    except CheckpointError as error:
+        if "could not download" not in str(error):
+            raise
+        pytest.skip(f"SmolLM2 cannot be had: {error}")
+
+
+def test_the_real_model_has_the_logits_of_the_float64_equations(smollm2):
+    from jax_trirun.checkpoints import gguf
+
+    config = LlamaConfig(**gguf.llama_config(smollm2))
+    model = Llama.from_weights(config, gguf.llama_weights(smollm2))
+    tokens = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+    wanted = numpy_llama(float64_weights(model), config, tokens)
+    got = np.asarray(run(model, jnp.asarray(tokens)[None]))[0]
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    assert wanted[-1].argmax() == 7042  # " Paris"
+
+    decoder = Decoder(model, max_length=8)
+    logits, cache = decoder.prefill([tokens[:3]])
+    for position in (3, 4):
+        np.testing.assert_allclose(logits[0], got[position - 1], rtol=0, atol=1e-3)
+        logits, cache = decoder.step(np.asarray(tokens[position : position + 1], np.int32), cache)
+    np.testing.assert_allclose(logits[0], got[-1], rtol=0, atol=1e-3)
+
+
 def test_decoding_gives_the_logits_of_the_whole_sequence_at_every_position():
     model = random_model(SMALL)
     tokens = tokens_of(SMALL, 24)

@@ -38,10 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--temperature must be 0 or more, got {arguments.temperature}")
     started = time.perf_counter()
     lm = shared.load(arguments)
+    prompt = _prompt(lm, arguments)
     tokens = None if arguments.no_perplexity else lm.tokenizer.encode(shared.sample_text())
     before = None if tokens is None else shared.measure(lm, [tokens], arguments.window)
     quantised = shared.quantise(lm, arguments)
-    _stream(lm, arguments)
+    _stream(lm, prompt, arguments)
     if tokens is not None and before is not None:
         after = shared.measure(lm, [tokens], arguments.window) if quantised else before
         kind = "2-bit" if quantised else "unchanged"
@@ -52,14 +53,27 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"total      {time.perf_counter() - started:.1f} s")
 
 
-def _stream(lm: shared.LanguageModel, arguments: argparse.Namespace) -> None:
-    """Prints the answer as it comes, then the speed of prefill and of decoding, compilation apart."""
-    from flax_layers.llama import Decoder
-
+def _prompt(lm: shared.LanguageModel, arguments: argparse.Namespace) -> list[int]:
+    """The prompt's token ids; ValueError when they and the answer do not fit the model."""
     if arguments.raw:
         prompt = lm.tokenizer.encode(arguments.prompt)
     else:
         prompt = lm.tokenizer.chat([{"role": "user", "content": arguments.prompt}])
+    if not prompt:
+        raise ValueError("--prompt must not be empty")
+    limit = lm.decoder.config.max_positions
+    if len(prompt) + arguments.max_new_tokens > limit:
+        raise ValueError(
+            f"--prompt has {len(prompt)} tokens and --max-new-tokens asks for {arguments.max_new_tokens}, but the "
+            f"model reads {limit} together"
+        )
+    return prompt
+
+
+def _stream(lm: shared.LanguageModel, prompt: list[int], arguments: argparse.Namespace) -> None:
+    """Prints the answer as it comes, then the speed of prefill and of decoding, compilation apart."""
+    from flax_layers.llama import Decoder
+
     decoder = Decoder(lm.decoder, max_length=len(prompt) + arguments.max_new_tokens)
     started = time.perf_counter()
     # Two tokens compile all there is: the second needs the decode step.

@@ -1,0 +1,262 @@
+"""The command line on a small random model, and the main job on the real one; perplexity."""
+
+import re
+
+import numpy as np
+import pytest
+
+from jax_trirun import cli
+from jax_trirun.evaluate import perplexity, sample_text
+from jax_trirun.evaluate.perplexity import spans
+
+pytest.importorskip("flax", reason="Flax is not installed")
+pytest.importorskip("gguf", reason="the package gguf is not installed")
+pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+
+# Perplexity
+
+
+@pytest.mark.parametrize("length", [2, 3, 9, 10, 11, 19, 40])
+@pytest.mark.parametrize(("window", "stride"), [(10, 9), (10, 4), (10, 1), (2, 1)])
+def test_every_token_is_scored_once_with_enough_context(length, window, stride):
+    seen = []
+    for start, end, scored in spans(length, window, stride):
+        assert 0 <= start < scored < end <= length and end - start <= window
+        assert start == 0 or scored - start >= window - stride
+        seen += range(scored, end)
+    assert seen == list(range(1, length))
+
+
+def uniform(tokens):
+    return np.full((1, tokens.shape[1] - 1), np.log(50.0))
+
+
+def test_a_uniform_guess_has_the_vocabulary_as_perplexity():
+    result = perplexity(uniform, [range(33), range(7)], window=8, stride=3)
+    assert result.tokens == (32, 6)
+    np.testing.assert_allclose([result.value, *result.documents], 50.0)
+
+
+def test_documents_count_by_their_tokens():
+    def losses(tokens):  # the loss of a token is its own number
+        return tokens[:, 1:].astype(np.float64)
+
+    result = perplexity(losses, [[9, 1, 1, 1], [9, 3]], window=4)
+    np.testing.assert_allclose(result.value, np.exp(6 / 4))
+    np.testing.assert_allclose(result.documents, np.exp([1, 3]))
+    long = list(range(1, 60))
+    for stride in (1, 3, 7):
+        assert perplexity(losses, [long], window=8, stride=stride).losses[0] == sum(long[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[1, 2]], 1, None), "wanted window >= 2 and stride in 1 .. window - 1, got window=1, stride=0"),
+        (([[1, 2]], 8, 8), "got window=8, stride=8"),
+        (([], 8, None), "at least one document, got none"),
+        (([[1, 2], [3]], 8, None), "document 1 has 1 tokens; at least two are needed"),
+    ],
+)
+def test_wrong_perplexity_arguments(arguments, message):
+    documents, window, stride = arguments
+    with pytest.raises(ValueError, match=re.escape(message)):
+        perplexity(uniform, documents, window=window, stride=stride)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A random Llama in a GGUF file whose vocabulary is the bytes."""
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
+    shapes = {"token_embd": (len(tokens), 64), "output_norm": (64,)}
+    for layer in range(2):
+        for name, shape in {
+            "attn_q": (64, 64),
+            "attn_k": (64, 64),
+            "attn_v": (64, 64),
+            "attn_output": (64, 64),
+            "ffn_gate": (128, 64),
+            "ffn_up": (128, 64),
+            "ffn_down": (64, 128),
+            "attn_norm": (64,),
+            "ffn_norm": (64,),
+        }.items():
+            shapes[f"blk.{layer}.{name}"] = shape
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32) / 8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout, stderr."""
+    status = cli.main(arguments)
+    return status, *capsys.readouterr()
+
+
+def test_info_names_what_is_here(capsys):
+    import jax
+
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    for pattern in (
+        r"jax_trirun +\d+\.\d+\.\d+, packed layout \d+",
+        rf"jax +{re.escape(jax.__version__)}",
+        r"backend cpu +built, registered for cpu",
+        r"cpu kernels +\w+ in use",
+        r"device 0 +\w+: ",
+    ):
+        assert re.search(pattern, out), (pattern, out)
+
+
+def test_generate_quantises_streams_and_measures(capsys, small_model):
+    arguments = (
+        "generate",
+        "--model",
+        small_model,
+        "--prompt",
+        "the",
+        "--max-new-tokens",
+        "8",
+        "--window",
+        "64",
+    )
+    status, out, err = run(capsys, *arguments, "--layers", "all")
+    assert status == 0, err
+    assert "quantised  14 of 14 linear layers, 100% of their weights, to 2 bits" in out
+    assert "2.50 bits a weight" in out
+    assert re.search(r"prefill +[\d.]+ tokens a second \(3 tokens", out)  # "th", "e", the end
+    assert re.search(r"decode +[\d.]+ tokens a second", out)
+    assert re.search(r"compilation, [\d.]+ s, is in neither", out)
+    before, after = re.search(r"perplexity ([\d.]+) in float32, ([\d.]+) 2-bit", out).groups()
+    assert before != after
+
+    status, out, _ = run(capsys, *arguments, "--layers", r"layers\.1\.mlp", "--no-perplexity")
+    assert status == 0 and "quantised  3 of 14 linear layers" in out and "perplexity" not in out
+
+    status, out, _ = run(capsys, *arguments, "--layers", "none", "--raw", "--temperature", "1")
+    assert status == 0 and "none quantised" in out and "(2 tokens in" in out
+
+
+def test_eval_compares_files(capsys, small_model, tmp_path):
+    for name, text in (("a.txt", "One text.\n" * 9), ("b.txt", "Another, naïve one.")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    common = ("eval", "--model", small_model, "--window", "32", "--stride", "16", "--text", *names)
+    status, out, err = run(capsys, *common, "--layers", "all")
+    assert status == 0, err
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[-3:]}
+    assert int(rows[names[0]][0]) == 89 and int(rows[names[1]][0]) == 18 and int(rows["all"][0]) == 107
+    floats = [float(rows[name][1]) for name in names]
+    pooled = np.exp((89 * np.log(floats[0]) + 18 * np.log(floats[1])) / 107)
+    np.testing.assert_allclose(float(rows["all"][1]), pooled, rtol=1e-3)
+    assert rows["all"][1] != rows["all"][2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nowhere.gguf"), "nowhere.gguf: no such file"),
+        (("--layers", "("), r"--layers: '\(' is not a regular expression"),
+        (("--layers", "nothing_has_this"), "no module is left to quantise"),
+        (("--method", "magic"), "--method must be one of mse, .* got 'magic'"),
+        (("--group-size", "128", "--layers", "q_proj"), "group_size=128"),
+        (("--window", "1"), "--window must be at least 2, got 1"),
+        (("--max-new-tokens", "0"), "--max-new-tokens must be positive, got 0"),
+        (("--max-new-tokens", "999"), "--max-new-tokens asks for 999, but the model reads 128"),
+        (("--prompt", "", "--raw"), "--prompt must not be empty"),
+        (("--temperature", "-1"), "--temperature must be 0 or more, got -1.0"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(capsys, small_model, arguments, message):
+    model = () if "--model" in arguments else ("--model", small_model)
+    status, _, err = run(capsys, "generate", "--no-perplexity", *model, *arguments)
+    assert status == 2 and err.startswith("error: ")
+    assert re.search(message, err), err
+
+
+def test_wrong_texts(capsys, small_model, tmp_path):
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for name, message in {
+        "none.txt": "No such file",
+        "short.txt": "has 1 tokens, at least 2 are needed",
+        "binary.txt": "not UTF-8 text",
+    }.items():
+        status, _, err = run(capsys, "eval", "--model", small_model, "--text", str(tmp_path / name))
+        assert status == 2 and message in err and name in err
+
+
+def test_traceback_shows_where(small_model):
+    with pytest.raises(ValueError, match="--window"):
+        cli.main(["generate", "--model", small_model, "--window", "1", "--traceback"])
+
+
+# The real model
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    from jax_trirun.checkpoints import CheckpointError, gguf
+    from jax_trirun.checkpoints import smollm2 as source
+
+    try:
+        return gguf.read(source.fetch())
+    except CheckpointError as error:
+        if "could not download" not in str(error):
+            raise
+        pytest.skip(f"SmolLM2 cannot be had: {error}")
+
+
+def test_the_real_tokenizer(smollm2):
+    from jax_trirun.checkpoints.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(smollm2)
+    assert tokenizer.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
+    assert tokenizer.decode([504, 3575, 282, 4649, 314]) == "The capital of France is"
+    assert tokenizer.decode(tokenizer.encode("12 345")) == "12 345" and len(tokenizer.encode("345")) == 3
+    assert tokenizer.decode(tokenizer.encode(sample_text())) == sample_text()
+    chat = tokenizer.chat([{"role": "user", "content": "Hi"}])
+    assert chat[0] == 1 and tokenizer.decode(chat, special=True) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_the_main_job(capsys):
+    """The first command of the README, shortened: text from 2-bit layers still names Paris."""
+    status, out, err = run(capsys, "generate", "--max-new-tokens", "12")
+    assert status == 0, err
+    assert "The capital of France is Paris." in out
+    assert "quantised  25 of 210 linear layers" in out
+    before, after = (
+        float(v) for v in re.search(r"perplexity ([\d.]+) in float32, ([\d.]+) 2-bit", out).groups()
+    )
+    assert abs(before - 28.57) < 0.1
+    assert before < after < 45
