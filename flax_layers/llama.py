@@ -41,7 +41,7 @@ class LlamaConfig:
     Attributes:
       vocab_size, hidden_size, intermediate_size, num_layers, num_heads: as in the papers.
       num_kv_heads: key and value heads; must divide num_heads.
-      head_dim: width of a head, even; hidden_size // num_heads when None.
+      head_dim: width of a head, even; hidden_size // num_heads when 0.
       max_positions: the longest sequence the model was trained for.
       rope_theta: base of the rotary frequencies.
       rope_factors: head_dim / 2 numbers that divide the rotary frequencies (Llama 3.1), or None.
@@ -58,7 +58,7 @@ class LlamaConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int | None = None
+    head_dim: int = 0
     max_positions: int = 2048
     rope_theta: float = 10000.0
     rope_factors: tuple[float, ...] | None = None
@@ -82,7 +82,7 @@ class LlamaConfig:
                 "LlamaConfig: num_kv_heads must divide num_heads, got "
                 f"num_kv_heads={self.num_kv_heads}, num_heads={self.num_heads}"
             )
-        if self.head_dim is None:
+        if self.head_dim == 0:
             if self.hidden_size % self.num_heads:
                 raise ValueError(
                     "LlamaConfig: num_heads must divide hidden_size, got "

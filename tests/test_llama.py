@@ -123,7 +123,7 @@ def tokens_of(config, length, seed=1):
     ids=lambda c: ",".join(c) or "tied",
 )
 def test_logits_are_those_of_the_float64_equations(changes):
-    config = dataclasses.replace(SMALL, **{"head_dim": None, **changes})
+    config = dataclasses.replace(SMALL, **{"head_dim": 0, **changes})
     model = random_model(config)
     tokens = tokens_of(config, 19)
     wanted = numpy_llama(float64_weights(model), config, tokens)
@@ -315,7 +315,7 @@ def test_wrong_generate_arguments(arguments, message):
 )
 def test_wrong_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SMALL, **{"head_dim": None, **changes})
+        dataclasses.replace(SMALL, **{"head_dim": 0, **changes})
 
 
 def test_wrong_prompts():

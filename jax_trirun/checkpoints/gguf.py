@@ -192,7 +192,7 @@ def llama_config(file: File) -> dict[str, Any]:
         "num_layers": file.need("llama.block_count"),
         "num_heads": heads,
         "num_kv_heads": file.metadata.get("llama.attention.head_count_kv", heads),
-        "head_dim": file.metadata.get("llama.attention.key_length"),
+        "head_dim": file.metadata.get("llama.attention.key_length", 0),
         "max_positions": file.need("llama.context_length"),
         "rope_theta": float(file.metadata.get("llama.rope.freq_base", 10000.0)),
         "rms_eps": float(file.need("llama.attention.layer_norm_rms_epsilon")),

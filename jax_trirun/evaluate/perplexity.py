@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int
 
 
 def perplexity(
-    losses: Callable[[np.ndarray], np.ndarray],
+    losses: Callable[[np.ndarray], Any],
     documents: Sequence[Sequence[int]],
     *,
     window: int = 512,
