@@ -65,8 +65,9 @@ def _load(module_name: str, platform: str, *, required: bool) -> ModuleType | No
     if importlib.util.find_spec(full_name) is None:
         if required:
             raise ImportError(
-                f"jax_trirun's native module {full_name} is missing: this looks like a source tree that "
-                "was not built. Install the package (pip install .) and import it from elsewhere."
+                f"jax_trirun's native module {full_name} is missing: {pathlib.Path(__file__).parent} looks like "
+                "a source tree. Install the package (pip install .), and import it from another folder or with "
+                "python -P, which does not look into the current one."
             )
         return None
     module = importlib.import_module(full_name)

@@ -5,6 +5,8 @@ has a device; those on a GPU carry the marker ``gpu``.
 """
 
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -29,6 +31,25 @@ def pytest_generate_tests(metafunc):
 def _param(name):
     on_gpu = name in _ffi.BACKENDS and _ffi.BACKENDS[name].platform == "cuda"
     return pytest.param(name, marks=[pytest.mark.gpu] if on_gpu else [])
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run a program in a process of its own, away from the checkout; returns what it prints."""
+
+    def run(program, *arguments, **environment):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(autouse=True)

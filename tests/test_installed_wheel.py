@@ -54,24 +54,14 @@ def wheel(tmp_path_factory):
     return built
 
 
-def test_it_works_from_any_folder(wheel, tmp_path):
+def test_it_works_from_any_folder(wheel, tmp_path, run_python):
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # An editable install of the checkout would win over PYTHONPATH: take its import hook out.
     hook = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(target)}
-    done = subprocess.run(
-        [sys.executable, "-c", hook + _PROGRAM, target],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "installed wheel works" in done.stdout
+    assert "installed wheel works" in run_python(hook + _PROGRAM, target, PYTHONPATH=str(target))
 
 
 def test_it_holds_what_it_should_and_nothing_else(wheel):

@@ -1,9 +1,6 @@
 """The contract of every back end: each element within its float64 bound, on every kind of input."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -268,19 +265,12 @@ print(json.dumps(digests))
 """
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit(run_python):
     """In processes of their own, as XLA's pool keeps its size: NPROC sets it."""
 
     def digests(threads):
-        environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(
-            [sys.executable, "-c", _THREADS_SCRIPT],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return {tuple(row) for row in json.loads(done.stdout)}
+        printed = run_python(_THREADS_SCRIPT, NPROC=str(threads), JAX_PLATFORMS="cpu")
+        return {tuple(row) for row in json.loads(printed)}
 
     one = digests(1)
     assert len(one) == 6  # one digest for each m and dtype, whatever the limit

@@ -1,9 +1,5 @@
 """The primitive under every JAX transformation, against the same formula in plain JAX."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -350,15 +346,7 @@ print("all ways agree")
 """
 
 
-def test_shard_map_and_sharded_arrays():
+def test_shard_map_and_sharded_arrays(run_python):
     """check_vma=True: operands that are the same on every device get their cotangents summed."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", _SHARD_MAP_SCRIPT],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "all ways agree" in done.stdout
+    flags = "--xla_force_host_platform_device_count=4"
+    assert "all ways agree" in run_python(_SHARD_MAP_SCRIPT, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
