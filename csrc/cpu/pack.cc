@@ -3,8 +3,10 @@
 // A code's byte inside its word is 2 * h + u; in that byte the even column's codes are the lower four
 // bits and the odd one's the upper four, and q orders the codes of one column (layout.h). So the two
 // (2 bits) or one (4 bits) rows k of one (kk, t, h, u), each shifted by bits * q, add up to the half
-// bytes of all columns. Both directions work on eight columns at a time, over a strip of columns wide
-// enough to read and write whole cache lines.
+// bytes of all columns, and the half bytes of two neighbouring columns make one byte of a word. Both
+// directions work on eight columns at a time, over a strip of columns wide enough to read and write
+// whole cache lines. The bytes of uint64 and uint16 are taken in little-endian order, as JAX's
+// platforms have it.
 #include <algorithm>
 #include <cstring>
 
@@ -19,10 +21,11 @@ template <int bits>
 struct Packing {
   using Codes = Layout<bits>;
   static constexpr int kStripN = kStripBlocks * Codes::kBlockN;
-  static constexpr int kChunks = kStripN / 8;  // uint64 of codes in a row of a strip
-  static constexpr int kLayers = 4 / bits;     // rows that share half a byte: q
-  static constexpr int kBytes = 4;             // of a word: 2 * h + u
-  static constexpr int kStepsT = 4;            // index t
+  static constexpr int kChunks = kStripN / 8;        // uint64 of codes in a row of a strip
+  static constexpr int kLayers = 4 / bits;           // rows that share half a byte: q
+  static constexpr int kBytes = 4;                   // of a word: 2 * h + u
+  static constexpr int kStepsT = 4;                  // index t
+  static constexpr int kPairs = Codes::kBlockN / 4;  // index g
   static constexpr uint64_t kMask = 0x0101010101010101u * Codes::kCodeMask;
   static constexpr uint8_t kPadByte = Codes::kPadCode;
 
@@ -54,8 +57,8 @@ struct Packing {
   };
 
   // Codes of one row and strip, or the same with padding where the matrix has ended.
-  static const uint8_t* row(const uint8_t* codes, int64_t k_end, int64_t stride, const Place& at,
-                            int layer, uint8_t* padded) {
+  static const uint8_t* row(const uint8_t* codes, int64_t k_end, int64_t stride, const Place& at, int layer,
+                            uint8_t* padded) {
     const int64_t k = at.k + row_of(at.kk, at.t, at.byte, layer);
     const bool inside = k < k_end;
     const uint8_t* const in = inside ? codes + k * stride + at.n : nullptr;
@@ -65,9 +68,8 @@ struct Packing {
     return padded;
   }
 
-  // The half bytes [column] of one (kk, t, byte).
-  static void pack_bytes(const uint8_t* codes, int64_t k, int64_t n, const Place& at,
-                         uint8_t* bytes) {
+  // One byte of a word for each pair of columns, of one (kk, t, byte), in the low byte of a uint16.
+  static void pack_bytes(const uint8_t* codes, int64_t k, int64_t n, const Place& at, uint16_t* bytes) {
     uint8_t padded[kLayers][kStripN];
     const uint8_t* rows[kLayers];
     for (int layer = 0; layer < kLayers; ++layer) {
@@ -80,46 +82,45 @@ struct Packing {
         std::memcpy(&eight, rows[layer] + 8 * c, 8);
         sum |= (eight & kMask) << (bits * layer);
       }
-      std::memcpy(bytes + 8 * c, &sum, 8);
+      sum = (sum | sum >> 4) & 0x00ff00ff00ff00ffu;
+      std::memcpy(bytes + 4 * c, &sum, 8);
     }
   }
 
-  static void unpack_bytes(const uint8_t* bytes, int64_t k, int64_t n, const Place& at,
-                           uint8_t* codes) {
+  static void unpack_bytes(const uint16_t* bytes, int64_t k, int64_t n, const Place& at, uint8_t* codes) {
     uint8_t row[kStripN];
     for (int layer = 0; layer < kLayers; ++layer) {
       const int64_t to = at.k + row_of(at.kk, at.t, at.byte, layer);
       if (to >= k) continue;
       for (int c = 0; c < kChunks; ++c) {
         uint64_t eight;
-        std::memcpy(&eight, bytes + 8 * c, 8);
-        eight = eight >> (bits * layer) & kMask;
+        std::memcpy(&eight, bytes + 4 * c, 8);
+        eight = (eight | eight << 4) >> (bits * layer) & kMask;
         std::memcpy(row + 8 * c, &eight, 8);
       }
       std::memcpy(codes + to * n + at.n, row, at.columns);
     }
   }
 
-  // The word of one (kk, t) in a block, at lane = 2 * g + i: columns 2 * lane and 2 * lane + 1.
-  static int word_of(int kk, int t, int lane) {
-    return 16 * (lane / 2) + 4 * t + 2 * kk + lane % 2;
-  }
+  // The words of one (kk, t) in a block stand in pairs, the i = 0 and 1 of one g.
+  static int pair_of(int kk, int t, int g) { return 16 * g + 4 * t + 2 * kk; }
 
   static void pack_strip(const uint8_t* codes, int64_t k, int64_t n, Place at, int64_t blocks,
                          uint32_t* words) {
-    uint8_t halves[kBytes][kStripN];
+    uint16_t bytes[kBytes][kStripN / 2];
+    uint32_t lanes[kStripN / 2];
     for (at.kk = 0; at.kk < 2; ++at.kk) {
       for (at.t = 0; at.t < kStepsT; ++at.t) {
-        for (at.byte = 0; at.byte < kBytes; ++at.byte) pack_bytes(codes, k, n, at, halves[at.byte]);
+        for (at.byte = 0; at.byte < kBytes; ++at.byte) pack_bytes(codes, k, n, at, bytes[at.byte]);
+        for (int lane = 0; lane < kStripN / 2; ++lane) {
+          const uint32_t low = bytes[0][lane] | bytes[1][lane] << 8;
+          const uint32_t high = bytes[2][lane] | bytes[3][lane] << 8;
+          lanes[lane] = low | high << 16;
+        }
         for (int64_t block = 0; block < blocks; ++block) {
-          for (int lane = 0; lane < Codes::kBlockN / 2; ++lane) {
-            const int64_t column = block * Codes::kBlockN + 2 * lane;
-            uint32_t word = 0;
-            for (int byte = 0; byte < kBytes; ++byte) {
-              const uint32_t both = halves[byte][column] | halves[byte][column + 1] << 4;
-              word |= both << (8 * byte);
-            }
-            words[block * Codes::kWordsPerBlock + word_of(at.kk, at.t, lane)] = word;
+          for (int g = 0; g < kPairs; ++g) {
+            std::memcpy(words + block * Codes::kWordsPerBlock + pair_of(at.kk, at.t, g),
+                        lanes + (block * kPairs + g) * 2, 8);
           }
         }
       }
@@ -128,28 +129,30 @@ struct Packing {
 
   static void unpack_strip(const uint32_t* words, int64_t k, int64_t n, Place at, int64_t blocks,
                            uint8_t* codes) {
-    uint8_t halves[kBytes][kStripN] = {};
+    uint16_t bytes[kBytes][kStripN / 2];
+    uint32_t lanes[kStripN / 2] = {};
     for (at.kk = 0; at.kk < 2; ++at.kk) {
       for (at.t = 0; at.t < kStepsT; ++at.t) {
         for (int64_t block = 0; block < blocks; ++block) {
-          for (int lane = 0; lane < Codes::kBlockN / 2; ++lane) {
-            const uint32_t word = words[block * Codes::kWordsPerBlock + word_of(at.kk, at.t, lane)];
-            const int64_t column = block * Codes::kBlockN + 2 * lane;
-            for (int byte = 0; byte < kBytes; ++byte) {
-              halves[byte][column] = word >> (8 * byte) & 15;
-              halves[byte][column + 1] = word >> (8 * byte + 4) & 15;
-            }
+          for (int g = 0; g < kPairs; ++g) {
+            std::memcpy(lanes + (block * kPairs + g) * 2,
+                        words + block * Codes::kWordsPerBlock + pair_of(at.kk, at.t, g), 8);
           }
         }
-        for (at.byte = 0; at.byte < kBytes; ++at.byte) unpack_bytes(halves[at.byte], k, n, at, codes);
+        for (at.byte = 0; at.byte < kBytes; ++at.byte) {
+          const int shift = 8 * at.byte;
+          for (int lane = 0; lane < kStripN / 2; ++lane) {
+            bytes[at.byte][lane] = static_cast<uint16_t>(lanes[lane] >> shift & 0xff);
+          }
+          unpack_bytes(bytes[at.byte], k, n, at, codes);
+        }
       }
     }
   }
 
   // Calls strip(place, blocks, offset of its first word) for every block row and strip.
   template <class Strip>
-  static void for_strips(int64_t k, int64_t n, const ParallelFor& parallel_for,
-                         const Strip& strip) {
+  static void for_strips(int64_t k, int64_t n, const ParallelFor& parallel_for, const Strip& strip) {
     const int64_t n_blocks = ceil_div(n, Codes::kBlockN);
     const int64_t strips = ceil_div(n_blocks, kStripBlocks);
     const int64_t tasks = ceil_div(k, Codes::kBlockK) * strips;
@@ -175,8 +178,7 @@ struct Packing {
 }  // namespace
 
 template <int bits>
-void pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words,
-          const ParallelFor& parallel_for) {
+void pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words, const ParallelFor& parallel_for) {
   using Packer = Packing<bits>;
   Packer::for_strips(k, n, parallel_for,
                      [&](const typename Packer::Place& at, int64_t blocks, int64_t first_word) {
@@ -185,8 +187,7 @@ void pack(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words,
 }
 
 template <int bits>
-void unpack(const uint32_t* words, int64_t k, int64_t n, uint8_t* codes,
-            const ParallelFor& parallel_for) {
+void unpack(const uint32_t* words, int64_t k, int64_t n, uint8_t* codes, const ParallelFor& parallel_for) {
   using Packer = Packing<bits>;
   Packer::for_strips(k, n, parallel_for,
                      [&](const typename Packer::Place& at, int64_t blocks, int64_t first_word) {
