@@ -64,10 +64,10 @@ struct Layout {
 
   // A lane's words are a 2 x 2 grid: word 2 * kk + i covers the kk-th half of the block's k and the
   // i-th of its two 16-row tiles.
-  static constexpr int kTiles = 2;                           // 16-row mma tiles in a block, index i
-  static constexpr int kHalves = kWordsPerLane / kTiles;     // index kk
-  static constexpr int kStepsPerWord = kCodesPerWord / 8;    // 16-wide mma steps in a word, index q
-  static constexpr int kBlockN = 16 * kTiles;                // 32
+  static constexpr int kTiles = 2;                              // 16-row mma tiles in a block, index i
+  static constexpr int kHalves = kWordsPerLane / kTiles;        // index kk
+  static constexpr int kStepsPerWord = kCodesPerWord / 8;       // 16-wide mma steps in a word, index q
+  static constexpr int kBlockN = 16 * kTiles;                   // 32
   static constexpr int kBlockK = 16 * kStepsPerWord * kHalves;  // 64 for 2 bits, 32 for 4 bits
 
   static_assert(kBlockK * kBlockN * bits == kWordsPerBlock * 32, "a block is full");

@@ -33,11 +33,17 @@ struct Problem {
   int64_t group_size() const { return groups == 0 ? 0 : k / groups; }
 
   template <int bits>
-  int64_t k_blocks() const { return ceil_div(k, Layout<bits>::kBlockK); }
+  int64_t k_blocks() const {
+    return ceil_div(k, Layout<bits>::kBlockK);
+  }
   template <int bits>
-  int64_t n_blocks() const { return ceil_div(n, Layout<bits>::kBlockN); }
+  int64_t n_blocks() const {
+    return ceil_div(n, Layout<bits>::kBlockN);
+  }
   template <int bits>
-  int64_t words() const { return k_blocks<bits>() * n_blocks<bits>() * Layout<bits>::kWordsPerBlock; }
+  int64_t words() const {
+    return k_blocks<bits>() * n_blocks<bits>() * Layout<bits>::kWordsPerBlock;
+  }
 
   // An empty string, or one sentence: what was wanted and what came.
   std::string error() const {
@@ -48,8 +54,8 @@ struct Problem {
     if (groups == 0) return "matmul: scales must have at least one row, got " + sizes;
     if (k % groups != 0) return "matmul: the number of groups must divide K, got " + sizes;
     if (groups > 1 && group_size() != 32 && group_size() != 64 && group_size() != 128) {
-      return "matmul: group_size must be 32, 64, 128 or all of K, got " +
-             std::to_string(group_size()) + " (" + sizes + ")";
+      return "matmul: group_size must be 32, 64, 128 or all of K, got " + std::to_string(group_size()) +
+             " (" + sizes + ")";
     }
     return "";
   }

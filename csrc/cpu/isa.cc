@@ -35,8 +35,7 @@ X86Features detect() {
   unsigned a, b, c, d;
   if (__get_cpuid(1, &a, &b, &c, &d) == 0) return found;
   const bool fma = bit(c, 12), osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29);
-  if (!osxsave || !avx || !fma || !f16c || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0)
-    return found;
+  if (!osxsave || !avx || !fma || !f16c || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return found;
   constexpr uint64_t kYmm = 0x6;   // XMM and the upper halves of YMM
   constexpr uint64_t kZmm = 0xe6;  // and the mask registers and all of ZMM
   const uint64_t state = enabled_state();

@@ -10,8 +10,7 @@ namespace jax_trirun::cpu {
 
 // Runs body(0) .. body(tasks - 1), possibly at the same time on several threads, and returns when all
 // are done. The results of a matmul do not depend on how it spreads them.
-using ParallelFor =
-    std::function<void(int64_t tasks, const std::function<void(int64_t task)>& body)>;
+using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t task)>& body)>;
 
 struct MatmulArgs {
   Problem problem;
