@@ -4,9 +4,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jax_trirun
 import numpy as np
 import pytest
+
+import jax_trirun
 from jax_trirun import quantize
 from jax_trirun.quantizers import METHODS, absmean, mse, rtn
 from jax_trirun.quantizers.grid import split_groups, squared_error, stored

@@ -1,0 +1,8 @@
+"""Flax layers with packed weights, and the conversion of whole models."""
+
+from . import linen as linen
+from .convert import Report as Report
+from .convert import quantize_module as quantize_module
+from .convert import quantize_params as quantize_params
+from .quant_dense import QuantDense as QuantDense
+from .quant_dense import QuantParam as QuantParam

@@ -1,0 +1,171 @@
+"""QuantDense for Flax nnx: nnx.Linear with a packed, frozen weight."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+
+import jax_trirun
+from jax_trirun import QuantTensor
+
+
+class QuantParam(nnx.Variable):
+    """An array of a quantised layer: words, scales, zeros or bias.
+
+    Not an ``nnx.Param``, so that optimisers and ``nnx.grad`` (over Params, the default) leave it alone.
+    """
+
+
+class QuantDense(nnx.Module):
+    """``y = x @ W + bias`` with W packed to 2 bits, over the last axis of x.
+
+    A drop-in for ``nnx.Linear`` whose arrays are ``QuantParam``s. Differentiable in x. To train scales or
+    bias all the same, name them: ``nnx.grad(f, argnums=nnx.DiffState(0, nnx.PathContains("scales")))``.
+
+    Example:
+        >>> layer = QuantDense.from_linear(linear, group_size=64)
+        >>> y = layer(x)
+
+    Attributes:
+        words: uint32 [K / block_k, N / block_n, 128]; K = in_features, N = out_features.
+        scales: [K / group_size, N]; zeros: the same shape, or None.
+        bias: [N], or None. Layers stacked by ``nnx.vmap`` have a leading axis on each array.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Any = default_kernel_init,
+        bias_init: Any = default_bias_init,
+        promote_dtype: Any = dtypes.promote_dtype,
+        preferred_element_type: Any = None,
+        rngs: Any = None,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        group_size: int = 128,
+        bits: int = 2,
+        weight: QuantTensor | None = None,
+    ):
+        """A layer with a random weight, or with ``weight``.
+
+        Args:
+            in_features, out_features, use_bias, dtype, kernel_init, bias_init, promote_dtype,
+                preferred_element_type: as ``nnx.Linear``'s.
+            param_dtype: of bias and scales.
+            precision: taken for the likeness; sums are float32, whatever it says.
+            rngs: as ``nnx.Linear``'s; needed unless ``weight`` is given and ``bias_init`` takes no key.
+            kernel_metadata: of words, scales and zeros. A sharding (a, b) of the kernel [K, N] is one of
+                these arrays too: their leading axes are blocks and groups of K, blocks and columns of N.
+            bias_metadata: of bias.
+            group_size: rows of W that share a scale: 32, 64, 128 or -1 (one group).
+            bits: 2 or 4.
+            weight: packed weight to hold; then kernel_init is not called, group_size and bits are its own.
+
+        Raises:
+            ValueError: group_size does not divide in_features; weight is not [in_features, out_features].
+            TypeError: no rngs where a random weight is wanted.
+        """
+        if weight is None:
+            if rngs is None:
+                raise TypeError(
+                    "QuantDense: rngs must be given to draw a weight; pass nnx.Rngs(0), or weight="
+                )
+            kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+            weight = jax_trirun.quantize(kernel, group_size=group_size, bits=bits)
+        if weight.shape != (in_features, out_features):
+            raise ValueError(
+                f"QuantDense: weight must have shape (in_features, out_features) = {(in_features, out_features)}, "
+                f"got {weight.shape}; weights are [in, out], transpose those that are [out, in]"
+            )
+        self.words = QuantParam(weight.words, **kernel_metadata)
+        self.scales = QuantParam(weight.scales, **kernel_metadata)
+        self.zeros = nnx.data(None if weight.zeros is None else QuantParam(weight.zeros, **kernel_metadata))
+        bias = None
+        if use_bias:
+            key = rngs.params() if rngs is not None else None
+            bias = QuantParam(bias_init(key, (out_features,), param_dtype), **bias_metadata)
+        self.bias = nnx.data(bias)
+
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = weight.group_size
+        self.bits = weight.bits
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+
+    @classmethod
+    def from_linear(
+        cls, linear: nnx.Linear, *, group_size: int = 128, bits: int = 2, **options: Any
+    ) -> "QuantDense":
+        """Quantise an ``nnx.Linear``; layers stacked along leading axes stay stacked.
+
+        Args:
+            linear: is left as it is.
+            group_size, bits, **options: as ``jax_trirun.quantize`` (method, scale_dtype, ...).
+
+        Raises:
+            TypeError: not an ``nnx.Linear``. ValueError, TypeError: as ``jax_trirun.quantize``.
+        """
+        if not isinstance(linear, nnx.Linear):
+            raise TypeError(f"from_linear: linear must be an nnx.Linear, got {type(linear).__name__}")
+        weight = jax_trirun.quantize(linear.kernel[...], group_size=group_size, bits=bits, **options)
+        bias = None if linear.bias is None else linear.bias[...]
+        return cls.from_weight(
+            weight,
+            bias,
+            dtype=linear.dtype,
+            param_dtype=linear.param_dtype,
+            precision=linear.precision,
+            promote_dtype=linear.promote_dtype,
+            preferred_element_type=linear.preferred_element_type,
+        )
+
+    @classmethod
+    def from_weight(cls, weight: QuantTensor, bias: jax.Array | None = None, **options: Any) -> "QuantDense":
+        """A layer around a packed weight (from a checkpoint, say); options as the constructor's."""
+        k, n = weight.shape
+        options = {"param_dtype": weight.scales.dtype} | options
+        return cls(
+            k, n, use_bias=bias is not None, bias_init=lambda *_: bias, weight=weight, rngs=None, **options
+        )
+
+    @property
+    def weight(self) -> QuantTensor:
+        """The packed weight."""
+        return QuantTensor(
+            self.words[...],
+            self.scales[...],
+            None if self.zeros is None else self.zeros[...],
+            shape=(self.in_features, self.out_features),
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """inputs [..., in_features] -> [..., out_features], in the dtype ``nnx.Linear`` would give.
+
+        Raises:
+            ValueError: the last axis of inputs is not in_features.
+        """
+        bias = None if self.bias is None else self.bias[...]
+        # Scales take part in the promotion, as the kernel would, but are never rounded by it.
+        inputs, _, bias = self.promote_dtype((inputs, self.scales[...], bias), dtype=self.dtype)
+        y = jax_trirun.matmul(inputs, self.weight, out_dtype=self.preferred_element_type)
+        if bias is not None:
+            y += bias
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
