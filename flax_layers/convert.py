@@ -217,7 +217,8 @@ def quantize_params(
         if (size := choose(name, getattr(kernel, "shape", ()), reason)) is not None:
             plan.append((path, size))
     choose.check_any(plan)
-    left, quant, rows = _copy(params), {}, []
+    left, rows = _copy(params), []
+    quant: dict[str, Any] = {}
     for path, size in _progress(plan, progress):
         start, name = time.perf_counter(), "/".join(path)
         leaves = _descend(left, path)
@@ -239,7 +240,8 @@ class _Chooser:
     """Decides for each module: its group size, or None and a reason in ``skipped``."""
 
     def __init__(self, where: str, include: Patterns | None, exclude: Patterns, group_size: int | str):
-        self.where, self.group_size, self.skipped = where, group_size, {}
+        self.where, self.group_size = where, group_size
+        self.skipped: dict[str, str] = {}
         self.include = None if include is None else _compile(where, "include", include)
         self.exclude = _compile(where, "exclude", exclude)
         if isinstance(group_size, str) and group_size != "auto":
@@ -251,12 +253,12 @@ class _Chooser:
             reason = "not in include"
         if not reason and (pattern := _matches(self.exclude, name)):
             reason = f"excluded by {pattern!r}"
-        size = self.group_size
-        if not reason and size == "auto":
+        size: int | None = None if isinstance(self.group_size, str) else self.group_size
+        if not reason and size is None:  # "auto"
             size = next((g for g in AUTO_GROUP_SIZES if shape[-2] % g == 0), None)
             if size is None:
                 reason = f"no group size of {', '.join(map(str, AUTO_GROUP_SIZES))} divides K={shape[-2]}"
-        if reason:
+        if reason or size is None:
             self.skipped[name] = reason
             return None
         try:

@@ -155,9 +155,9 @@ def quantized(*, bits: int = 2) -> Iterator[None]:
             return next_function(*args, **kwargs)
         if module.scope is None or not module.has_variable(COLLECTION, "words"):
             return next_function(*args, **kwargs)
-        (inputs,) = (*args, *kwargs.values())
+        inputs = args[0] if args else kwargs["inputs"]
         names = ("words", "scales", "zeros", "bias")
-        arrays = {name: module.get_variable(COLLECTION, name) for name in names}
+        arrays: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in names}
         k, groups = inputs.shape[-1], arrays["scales"].shape[-2]
         weight = QuantTensor(
             arrays["words"],
