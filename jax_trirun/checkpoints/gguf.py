@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from ..types import QuantTensor
+from .build import floats, quant_tensor
 from .errors import CheckpointError, optional_import
 
 
@@ -175,6 +177,30 @@ def dequantize(data: np.ndarray, type: str, *, shape: tuple[int, ...]) -> np.nda
     """
     blocks = blocks_of(data, type, shape)
     return TYPES[type].decode(blocks).reshape(shape)
+
+
+def from_gguf(data: Any, type: str, shape: tuple[int, int]) -> QuantTensor | np.ndarray:
+    """A stored matrix as W [in, out]: ternary types as a QuantTensor, the others as float32.
+
+    A block's scale serves 256 inputs, two groups of 128. Q4_1 and the like have more levels than 2 bits:
+    quantise them with jax_trirun.quantize.
+
+    Args:
+      data: the tensor's bytes.
+      type: a key of TYPES.
+      shape: (out, in).
+
+    Raises:
+      CheckpointError: a type that is not in TYPES, bytes that do not fit the shape.
+    """
+    codes_of = {"TQ1_0": tq1_0_codes, "TQ2_0": tq2_0_codes}.get(type)
+    if codes_of is None:
+        return dequantize(data, type, shape=shape).T
+    fan_out, fan_in = shape
+    blocks = blocks_of(np.asarray(data), type, shape)
+    codes = codes_of(blocks).reshape(fan_out, fan_in).T
+    scales = blocks[:, -2:].copy().view(np.float16).reshape(fan_out, fan_in // 256).T
+    return quant_tensor("from_gguf", codes, floats("from_gguf", "block scales", scales), None, None)
 
 
 def llama_config(file: File) -> dict[str, Any]:
