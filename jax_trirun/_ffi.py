@@ -2,6 +2,17 @@
 
 The only file that knows platform names. A back end that was not built is quiet; one that was built and
 does not load is an ImportError.
+
+A native module offers
+
+    ffi_api_version() -> (major, minor)     of the headers it was built with
+    ffi_handlers() -> {target: capsule}     with MATMUL_TARGET among the targets
+
+and on CUDA, whose call has a uint8 scratch array as its second result and an int64 attribute "portable",
+with dtypes by their NumPy names:
+
+    why_unsupported(m, n, k, groups, x_dtype, scale_dtype, out_dtype, portable) -> "" or a sentence
+    scratch_bytes(m, n, k, groups, x_dtype, portable) -> int
 """
 
 import importlib

@@ -76,7 +76,9 @@ def explain(x: Any, qw: Any, s: Any = None, zeros: Any = None, *, backend: str |
     m, (groups, n) = math.prod(lead), s.shape
     platform = _ffi.default_platform()
     name = backend or (platform if platform in _ffi.BACKENDS else "reference")
-    reason = _ffi.platform_error(backend, platform) or ffi_reason(platform, params, (m, k), x.dtype, s.shape)
+    reason = _ffi.platform_error(backend, platform) or ffi_reason(
+        platform, params, jax.ShapeDtypeStruct((m, k), x.dtype), s, zeros
+    )
     if reason:
         what, why = "reference (dequantise, then a plain dot)", reason
     else:

@@ -118,58 +118,87 @@ def _reference(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend)
 _lower_reference = mlir.lower_fun(_reference, multiple_results=False)
 
 
-def ffi_reason(platform: str, params: dict, x_shape, x_dtype, scales_shape) -> str:
-    """Why the platform's FFI call does not take this product, or "" when it does."""
+def ffi_reason(platform: str, params: dict, x: Any, scales: Any, zeros: Any | None) -> str:
+    """Why the platform's FFI call does not take this product, or "" when it does.
+
+    ``x``, ``scales`` and ``zeros`` are asked for their shapes and dtypes only.
+    """
     if params["backend"] == "reference":
         return "backend='reference' was asked for"
-    name = params["backend"] or platform
-    backend = _ffi.BACKENDS.get(name)
+    backend = _ffi.BACKENDS.get(params["backend"] or platform)
     if backend is None:
         return f"this installation has no module for {platform}"
     if params["transpose"]:
         return "a product with the transposed weight has no kernel yet"
     if params["bits"] != 2:
         return f"bits={params['bits']} has no kernel yet"
-    if params["out_dtype"] not in (np.dtype(x_dtype), np.dtype("float32")):
+    if params["out_dtype"] not in (np.dtype(x.dtype), np.dtype("float32")):
         return "the result is neither float32 nor of x's dtype"
-    if platform == "cpu":
-        return ""
-    if str(x_dtype) == "float32":
+    return _cuda_reason(backend, params, x, scales, zeros) if platform == "cuda" else ""
+
+
+def _cuda_reason(backend: _ffi.Backend, params: dict, x: Any, scales: Any, zeros: Any | None) -> str:
+    if str(x.dtype) == "float32":
         return "float32 activations would lose precision in the CUDA kernels"
-    m, _ = x_shape
-    groups, n = scales_shape
-    if not isinstance(m, int):
-        return "a kernel's scratch needs to know M"
-    if not backend.module.supports(
-        m, n, params["k"], groups, str(x_dtype), bool(backend.attributes["portable"])
-    ):
-        return "no CUDA kernel covers this shape"
-    return ""
+    if not isinstance(x.shape[0], int):
+        return "a CUDA kernel's scratch needs to know M, which is symbolic"
+    scale_dtype = _cuda_scale_dtype(x, scales, zeros)
+    return backend.module.why_unsupported(
+        *_sizes(x, scales, params),
+        str(x.dtype),
+        str(scale_dtype),
+        str(params["out_dtype"]),
+        _portable(backend),
+    )
+
+
+def _cuda_scale_dtype(x: Any, scales: Any, zeros: Any | None) -> np.dtype:
+    """The kernels take scales, and zeros alike, in x's dtype or in float32, which holds any of them."""
+    same = scales.dtype == x.dtype and (zeros is None or zeros.dtype == x.dtype)
+    return np.dtype(x.dtype if same else "float32")
+
+
+def _sizes(x: Any, scales: Any, params: dict) -> tuple[int, int, int, int]:
+    groups, n = scales.shape
+    return x.shape[0], n, params["k"], groups
+
+
+def _portable(backend: _ffi.Backend) -> bool:
+    return bool(backend.attributes["portable"])
 
 
 def _lower_ffi(platform: str):
     def rule(ctx, *operands, **params):
         if error := _ffi.platform_error(params["backend"], platform):
             raise ValueError(error)
-        x, _, scales = ctx.avals_in[:3]
-        if ffi_reason(platform, params, x.shape, x.dtype, scales.shape):
+        x, _, scales, *zeros = ctx.avals_in
+        if ffi_reason(platform, params, x, scales, zeros[0] if zeros else None):
             return _lower_reference(ctx, *operands, **params)
-        avals_in, avals_out = list(ctx.avals_in), list(ctx.avals_out)
-        if len(operands) == 3:  # no zeros: the handler takes an array with no rows
-            none = np.zeros((0, scales.shape[1]), np.float32)
-            operands = (*operands, mlir.ir_constant(none))
-            avals_in.append(jax.core.ShapedArray(none.shape, none.dtype))
+        values, avals, avals_out = list(operands), list(ctx.avals_in), list(ctx.avals_out)
         backend = _ffi.BACKENDS[params["backend"] or platform]
         if platform == "cuda":
-            groups, n = scales.shape
-            size = backend.module.scratch_bytes(
-                x.shape[0], n, params["k"], groups, str(x.dtype), bool(backend.attributes["portable"])
-            )
+            dtype = _cuda_scale_dtype(x, scales, zeros[0] if zeros else None)
+            for i in range(2, len(values)):
+                values[i], avals[i] = _cast(ctx, values[i], avals[i], dtype)
+            size = backend.module.scratch_bytes(*_sizes(x, scales, params), str(x.dtype), _portable(backend))
             avals_out.append(jax.core.ShapedArray((size,), np.dtype("uint8")))
-        ctx = ctx.replace(avals_in=avals_in, avals_out=avals_out)
-        return jax.ffi.ffi_lowering(_ffi.MATMUL_TARGET)(ctx, *operands, **backend.attributes)[:1]
+        if not zeros:  # the handler takes an array with no rows
+            none = np.zeros((0, scales.shape[1]), avals[2].dtype)
+            values.append(mlir.ir_constant(none))
+            avals.append(jax.core.ShapedArray(none.shape, none.dtype))
+        ctx = ctx.replace(avals_in=avals, avals_out=avals_out)
+        return jax.ffi.ffi_lowering(_ffi.MATMUL_TARGET)(ctx, *values, **backend.attributes)[:1]
 
     return rule
+
+
+def _cast(ctx, value, aval, dtype):
+    """A value of the module being lowered in another dtype, and its type."""
+    if aval.dtype == dtype:
+        return value, aval
+    wanted = aval.update(dtype=dtype)
+    cast = mlir.lower_fun(lambda a: a.astype(dtype), multiple_results=False)
+    return cast(ctx.replace(avals_in=[aval], avals_out=[wanted]), value)[0], wanted
 
 
 def _lower_elsewhere(ctx, *operands, **params):

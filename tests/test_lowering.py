@@ -1,0 +1,103 @@
+"""What each platform is asked to run. No GPU needed: a stand-in for the CUDA module answers its questions."""
+
+_STAND_IN = """
+import importlib.machinery, sys, types
+import jax, jax.numpy as jnp
+
+asked = []
+fake = types.ModuleType("jax_trirun._cuda")
+fake.__spec__ = importlib.machinery.ModuleSpec("jax_trirun._cuda", None)
+fake.ffi_api_version = lambda: (0, 0)
+fake.ffi_handlers = dict
+fake.why_unsupported = lambda *args: asked.append(args) or ("" if args[0] <= 64 else "too many rows")
+fake.scratch_bytes = lambda m, n, k, groups, dtype, portable: 4096 + m
+sys.modules["jax_trirun._cuda"] = fake
+
+import jax_trirun
+from jax_trirun.testing import MatmulProblem
+
+def lowered(m, dtype, zeros=False, platform="cuda", f=jax_trirun.matmul, scales=None, **options):
+    p = MatmulProblem(m, 256, 64, 128, dtype, scales or dtype, zeros)
+    qt = p.quant_tensor()
+    g = jax.jit(lambda x, qt: f(x, qt, **options))
+    return g.trace(p.x(), qt).lower(lowering_platforms=(platform,)).as_text()
+
+CALL = "stablehlo.custom_call @jax_trirun_matmul_v1"
+"""
+
+
+def test_cuda_call_has_a_scratch_result_and_says_whether_it_is_portable(run_python):
+    run_python(
+        _STAND_IN
+        + """
+for backend, portable in ((None, 0), ("cuda", 0), ("cuda-portable", 1)):
+    asked.clear()
+    text = lowered(5, "bfloat16", backend=backend)
+    assert text.count(CALL) == 1, text
+    assert f"portable = {portable} : i64" in text, text
+    assert "(tensor<5x64xbf16>, tensor<4101xui8>)" in text, text
+    assert asked == [(5, 64, 256, 2, "bfloat16", "bfloat16", "bfloat16", bool(portable))], asked
+    assert "tensor<0x64xbf16>" in text, "no zeros: an array without rows"
+assert "tensor<0x64x" not in lowered(5, "float16", zeros=True)
+"""
+    )
+
+
+def test_cuda_leaves_to_the_reference_what_it_does_not_cover(run_python):
+    run_python(
+        _STAND_IN
+        + """
+assert CALL in lowered(64, "float16")
+for case in (lowered(65, "float16"), lowered(5, "float32"), lowered(5, "float16", backend="reference")):
+    assert CALL not in case and "dot_general" in case
+transposed = lowered(5, "float16", f=lambda x, qt: jax.grad(lambda x: jax_trirun.matmul(x, qt).sum())(x))
+assert CALL not in transposed and "dot_general" in transposed
+assert "HIGHEST" in lowered(5, "float32"), "float32 must not become TF32"
+"""
+    )
+
+
+def test_cuda_gets_scales_and_zeros_in_a_dtype_its_kernels_take(run_python):
+    run_python(
+        _STAND_IN
+        + """
+text = lowered(5, "bfloat16", scales="float16", zeros=True)
+call = next(line for line in text.splitlines() if CALL in line)
+assert call.count("tensor<2x64xf32>") == 2, call
+assert text.count("stablehlo.convert") == 2, text
+assert asked[-1][4:7] == ("bfloat16", "float32", "bfloat16"), asked
+for scales in ("bfloat16", "float32"):
+    assert "stablehlo.convert" not in lowered(5, "bfloat16", scales=scales)
+"""
+    )
+
+
+def test_other_platforms_do_not_change_when_cuda_is_there(run_python):
+    run_python(
+        _STAND_IN
+        + """
+assert CALL in lowered(5, "float32", platform="cpu") and "ui8" not in lowered(5, "float32", platform="cpu")
+assert CALL not in lowered(5, "bfloat16", platform="rocm") and CALL not in lowered(5, "bfloat16", platform="tpu")
+try:
+    lowered(5, "bfloat16", platform="cpu", backend="cuda")
+except ValueError as error:
+    assert "backend='cuda' runs on cuda, but this computation is being compiled for cpu" in str(error)
+else:
+    raise AssertionError("a CUDA call was lowered for the CPU")
+"""
+    )
+
+
+def test_a_module_built_with_a_newer_ffi_is_not_registered(run_python):
+    run_python(
+        _STAND_IN.split("import jax_trirun\n")[0]
+        + """
+fake.ffi_api_version = lambda: (0, 99)
+try:
+    import jax_trirun
+except ImportError as error:
+    assert "built with XLA FFI 0.99" in str(error)
+else:
+    raise AssertionError("a handler newer than the runtime was registered")
+"""
+    )
