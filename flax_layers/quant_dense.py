@@ -55,6 +55,7 @@ class QuantDense(nnx.Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         group_size: int = 128,
         bits: int = 2,
+        backend: str | None = None,
         weight: QuantTensor | None = None,
     ):
         """A layer with a random weight, or with ``weight``.
@@ -70,6 +71,7 @@ class QuantDense(nnx.Module):
             bias_metadata: of bias.
             group_size: rows of W that share a scale: 32, 64, 128 or -1 (one group).
             bits: 2 or 4.
+            backend: as ``jax_trirun.matmul``'s; None is the best there is. An attribute, may be set later.
             weight: packed weight to hold; then kernel_init is not called, group_size and bits are its own.
 
         Raises:
@@ -107,6 +109,7 @@ class QuantDense(nnx.Module):
         self.precision = precision
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
+        self.backend = backend
 
     @classmethod
     def from_linear(
@@ -165,7 +168,9 @@ class QuantDense(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         # Scales take part in the promotion, as the kernel would, but are never rounded by it.
         inputs, _, bias = self.promote_dtype((inputs, self.scales[...], bias), dtype=self.dtype)
-        y = jax_trirun.matmul(inputs, self.weight, out_dtype=self.preferred_element_type)
+        y = jax_trirun.matmul(
+            inputs, self.weight, out_dtype=self.preferred_element_type, backend=self.backend
+        )
         if bias is not None:
             y += bias
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)

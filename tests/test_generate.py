@@ -163,6 +163,31 @@ def test_generate_quantises_streams_and_measures(capsys, small_model):
     assert status == 0 and "none quantised" in out and "(2 tokens in" in out
 
 
+def test_the_backend_can_be_chosen(capsys, small_model, monkeypatch):
+    import jax_trirun
+
+    seen = set()
+    matmul = jax_trirun.matmul
+
+    def spy(*arguments, backend=None, **options):
+        seen.add(backend)
+        return matmul(*arguments, backend=backend, **options)
+
+    monkeypatch.setattr(jax_trirun, "matmul", spy)
+    arguments = (
+        "generate",
+        "--model",
+        small_model,
+        "--layers",
+        "all",
+        "--max-new-tokens",
+        "2",
+        "--no-perplexity",
+    )
+    assert run(capsys, *arguments, "--backend", "reference")[0] == 0
+    assert seen == {"reference"}
+
+
 def test_eval_compares_files(capsys, small_model, tmp_path):
     for name, text in (("a.txt", "One text.\n" * 9), ("b.txt", "Another, naïve one.")):
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -186,6 +211,7 @@ def test_eval_compares_files(capsys, small_model, tmp_path):
         (("--layers", "nothing_has_this"), "no module is left to quantise"),
         (("--method", "magic"), "--method must be one of mse, .* got 'magic'"),
         (("--group-size", "128", "--layers", "q_proj"), "group_size=128"),
+        (("--backend", "tpu"), "--backend: backend must be None or one of .* got 'tpu'"),
         (("--window", "1"), "--window must be at least 2, got 1"),
         (("--max-new-tokens", "0"), "--max-new-tokens must be positive, got 0"),
         (("--max-new-tokens", "999"), "--max-new-tokens asks for 999, but the model reads 128"),
