@@ -27,7 +27,7 @@ from ..evaluate import sample_text as sample_text
 # text, 29.0 in float32. These layers, 21 % of the linear weights: 40.6, and the answers are sentences
 # about the question. With gate_proj of the same layers 63.6 (the text loses its thread), with down_proj
 # 63.5, whole layers 3 to 10 48.3, every layer 6,363 (noise). Layers 0 to 2, 28 and 29 are the most
-# sensitive: quantising layer 0 alone costs as much as up_proj in twenty others.
+# sensitive: at group size 64, layer 0 alone (54.7) costs more than up_proj of these 25 (44.0).
 READABLE_LAYERS = r"layers\.([3-9]|1\d|2[0-7])\.mlp\.up_proj"
 LAYER_CHOICES = {"default": READABLE_LAYERS, "all": r"layers\.\d+\.", "none": None}
 
