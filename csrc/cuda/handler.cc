@@ -1,0 +1,235 @@
+// The CUDA back end as XLA and Python see it: the FFI handler, and which products have a kernel.
+//
+// The handler checks every size again. Python has done so with better words; here it is for safety, as a
+// custom call can also come out of an exported file. It allocates nothing and waits for nothing, so XLA
+// may capture it in a CUDA graph; it runs again whenever buffers have moved.
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "matmul.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace nb = nanobind;
+namespace ffi = xla::ffi;
+
+namespace jax_trirun::cuda {
+namespace {
+
+// ---- Checks -------------------------------------------------------------------------------------
+
+std::string shape_of(ffi::AnyBuffer::Dimensions dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> want) {
+  const auto dims = buffer.dimensions();
+  return dims.size() == want.size() && std::equal(want.begin(), want.end(), dims.begin());
+}
+
+std::string of_shape(std::initializer_list<int64_t> want) {
+  return shape_of(ffi::AnyBuffer::Dimensions(want.begin(), want.size()));
+}
+
+std::optional<DType> float_type(const ffi::AnyBuffer& buffer) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F32: return DType::kF32;
+    case ffi::DataType::F16: return DType::kF16;
+    case ffi::DataType::BF16: return DType::kBF16;
+    default: return std::nullopt;
+  }
+}
+
+// "" or what is wrong with a floating-point operand.
+std::string operand_error(const char* name, const ffi::AnyBuffer& buffer,
+                          std::initializer_list<int64_t> want) {
+  if (!float_type(buffer)) {
+    return std::string("matmul: ") + name + " must be float32, float16 or bfloat16, got XLA element type " +
+           std::to_string(static_cast<int>(buffer.element_type()));
+  }
+  if (!has_shape(buffer, want)) {
+    return std::string("matmul: ") + name + " must have shape " + of_shape(want) + ", got " +
+           shape_of(buffer.dimensions());
+  }
+  return "";
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// "" or what is wrong with the address of an array that is not empty.
+std::string alignment_error(const char* name, const ffi::AnyBuffer& buffer) {
+  if (buffer.element_count() == 0 || is_aligned(buffer.untyped_data())) return "";
+  return std::string("matmul: ") + name + " must be aligned to 16 bytes, got an address " +
+         std::to_string(reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16) + " bytes past one that is";
+}
+
+// ---- matmul -------------------------------------------------------------------------------------
+
+// x [M, K], words [K / kBlockK, N / kBlockN, 128], scales [groups, N], zeros [groups, N] of the scales'
+// type, or [0, N] when the zero point is Layout<2>::kZeroPoint -> y [M, N] in x's type or float32, and
+// scratch, at least scratch_bytes() of uint8. `portable`: only instructions that sm_80 has.
+ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer words, ffi::AnyBuffer scales,
+                       ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y,
+                       ffi::Result<ffi::AnyBuffer> scratch, int64_t portable) {
+  if (x.dimensions().size() != 2 || scales.dimensions().size() != 2) {
+    return ffi::Error::InvalidArgument("matmul: x must be [M, K] and scales [groups, N], got " +
+                                       shape_of(x.dimensions()) + " and " +
+                                       shape_of(scales.dimensions()));
+  }
+  MatmulArgs args;
+  args.problem.m = x.dimensions()[0];
+  args.problem.k = x.dimensions()[1];
+  args.problem.groups = scales.dimensions()[0];
+  args.problem.n = scales.dimensions()[1];
+  const Problem& p = args.problem;
+  if (std::string e = p.error(); !e.empty()) return ffi::Error::InvalidArgument(e);
+  if (words.element_type() != ffi::DataType::U32 ||
+      !has_shape(words, {p.k_blocks<2>(), p.n_blocks<2>(), Layout<2>::kWordsPerBlock})) {
+    return ffi::Error::InvalidArgument(
+        "matmul: words must be uint32 " +
+        of_shape({p.k_blocks<2>(), p.n_blocks<2>(), Layout<2>::kWordsPerBlock}) + ", got " +
+        shape_of(words.dimensions()));
+  }
+  const bool has_zeros = !has_shape(zeros, {0, p.n}) || p.groups == 0;
+  for (const std::string& e :
+       {operand_error("x", x, {p.m, p.k}), operand_error("scales", scales, {p.groups, p.n}),
+        operand_error("zeros", zeros, {has_zeros ? p.groups : 0, p.n}),
+        operand_error("y", *y, {p.m, p.n}), alignment_error("x", x), alignment_error("words", words),
+        alignment_error("scales", scales), alignment_error("zeros", zeros), alignment_error("y", *y),
+        alignment_error("scratch", *scratch)}) {
+    if (!e.empty()) return ffi::Error::InvalidArgument(e);
+  }
+  args.x = x.untyped_data();
+  args.x_type = *float_type(x);
+  args.words = static_cast<const uint32_t*>(words.untyped_data());
+  args.scales = scales.untyped_data();
+  args.scale_type = *float_type(scales);
+  args.zeros = has_zeros ? zeros.untyped_data() : nullptr;
+  if (has_zeros && float_type(zeros) != args.scale_type) {
+    return ffi::Error::InvalidArgument(std::string("matmul: zeros must be of the scales' type ") +
+                                       name_of(args.scale_type) + ", got " + name_of(*float_type(zeros)));
+  }
+  args.y = y->untyped_data();
+  args.y_type = *float_type(*y);
+  if (args.y_type != args.x_type && args.y_type != DType::kF32) {
+    return ffi::Error::InvalidArgument(std::string("matmul: y must be float32 or x's type, which is ") +
+                                       name_of(args.x_type) + ", got " + name_of(args.y_type));
+  }
+  args.portable = portable != 0;
+  args.scratch = scratch->untyped_data();
+  const int64_t wanted = scratch_bytes(p, args.x_type, args.portable);
+  if (static_cast<int64_t>(scratch->size_bytes()) < wanted) {
+    return ffi::Error::InvalidArgument("matmul: scratch must have at least " + std::to_string(wanted) +
+                                       " bytes, got " + std::to_string(scratch->size_bytes()));
+  }
+  if (p.m == 0 || p.n == 0) return ffi::Error::Success();
+  if (p.k == 0) {  // an empty sum
+    const cudaError_t error = cudaMemsetAsync(args.y, 0, p.m * p.n * size_of(args.y_type), stream);
+    if (error == cudaSuccess) return ffi::Error::Success();
+    return ffi::Error::Internal(std::string("matmul: clearing y failed: ") + cudaGetErrorString(error));
+  }
+  if (std::string e = matmul(args, stream); !e.empty()) return ffi::Error::Internal(e);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(matmul_handler, matmul_impl,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("portable"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+// ---- Python -------------------------------------------------------------------------------------
+
+DType dtype_of(const std::string& name) {
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16}) {
+    if (name == name_of(type)) return type;
+  }
+  throw nb::value_error(("dtype must be float32, float16 or bfloat16, got " + name).c_str());
+}
+
+Problem problem_of(int64_t m, int64_t n, int64_t k, int64_t groups) {
+  Problem p;
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.groups = groups;
+  return p;
+}
+
+// The least of this machine's GPUs; where there is none (lowering for export), the least that is supported.
+int compute_capability() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) {
+    cudaGetLastError();  // leave no error behind for the next call
+    devices = 0;
+  }
+  int least = 0;
+  for (int device = 0; device < devices; ++device) {
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+      cudaGetLastError();
+      continue;
+    }
+    const int capability = 10 * major + minor;
+    least = least == 0 ? capability : std::min(least, capability);
+  }
+  return least == 0 ? 80 : least;
+}
+
+std::string why_unsupported_by_name(int64_t m, int64_t n, int64_t k, int64_t groups,
+                                    const std::string& x_dtype, const std::string& scale_dtype,
+                                    const std::string& out_dtype, bool portable) {
+  static const int capability = compute_capability();
+  MatmulArgs args;
+  args.problem = problem_of(m, n, k, groups);
+  args.x_type = dtype_of(x_dtype);
+  args.scale_type = dtype_of(scale_dtype);
+  args.y_type = dtype_of(out_dtype);
+  args.portable = portable;
+  return why_unsupported(args, capability);
+}
+
+int64_t scratch_bytes_by_name(int64_t m, int64_t n, int64_t k, int64_t groups, const std::string& x_dtype,
+                              bool portable) {
+  return scratch_bytes(problem_of(m, n, k, groups), dtype_of(x_dtype), portable);
+}
+
+nb::dict ffi_handlers() {
+  nb::dict d;
+  d["jax_trirun_matmul_v1"] =
+      nb::capsule(reinterpret_cast<void*>(matmul_handler), "xla._CUSTOM_CALL_TARGET");
+  return d;
+}
+
+}  // namespace
+}  // namespace jax_trirun::cuda
+
+NB_MODULE(_cuda, m) {
+  using namespace jax_trirun::cuda;
+  m.doc() = "The CUDA back end of jax_trirun: the FFI handler, and which products have a kernel.";
+  m.def("ffi_handlers", &ffi_handlers, "FFI target name -> handler.");
+  m.def("ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+        "(major, minor) of the XLA FFI headers that this module was built with.");
+  m.def("why_unsupported", &why_unsupported_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
+        nb::arg("groups"), nb::arg("x_dtype"), nb::arg("scale_dtype"), nb::arg("out_dtype"),
+        nb::arg("portable"),
+        "\"\" or one sentence that says why no kernel covers these sizes and dtypes on this machine's GPUs.");
+  m.def("scratch_bytes", &scratch_bytes_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
+        nb::arg("groups"), nb::arg("x_dtype"), nb::arg("portable"),
+        "Bytes of the call's second result, which the kernels use while they run.");
+}
