@@ -9,7 +9,7 @@ import pytest
 
 import jax_trirun
 from jax_trirun import quantize
-from jax_trirun.quantizers import METHODS, absmean, mse, rtn
+from jax_trirun.quantizers import METHODS, absmean, mse, rtn, trilm
 from jax_trirun.quantizers.grid import split_groups, squared_error, stored
 from jax_trirun.quantizers.mse import candidate_size
 
@@ -45,13 +45,16 @@ def test_each_weight_takes_the_best_level_of_the_stored_grid(method, bits, dtype
     qt = quantize(w, method=method, group_size=group_size, bits=bits)
     assert qt.scales.dtype == dtype and qt.shape == w.shape and qt.group_size == group_size
     zero = 1 if bits == 2 else 8
-    levels = np.arange(2**bits) - zero if method != "absmean" else np.array([-1, 0, 1])
-    scales = np.repeat(np.asarray(qt.scales, np.float64), w.shape[0] // qt.scales.shape[0], axis=0)
+    codes = np.arange(2**bits) if method not in ("absmean", "trilm") else np.arange(zero - 1, zero + 2)
+    size = w.shape[0] // qt.scales.shape[0]
+    scales = np.repeat(np.asarray(qt.scales, np.float64), size, axis=0)[..., None]
+    zeros = np.full_like(qt.scales, zero) if qt.zeros is None else np.asarray(qt.zeros)
+    levels = codes - np.repeat(zeros.astype(np.float64), size, axis=0)[..., None]
     w64 = np.asarray(w, np.float64)
-    best = np.min(np.abs(w64[..., None] - scales[..., None] * levels), axis=-1)
+    best = np.min(np.abs(w64[..., None] - scales * levels), axis=-1)
     got = np.abs(w64 - np.asarray(jax_trirun.dequantize(qt, dtype=jnp.float32), np.float64))
     # Ties, decided in float32, may differ by its rounding.
-    np.testing.assert_array_less(got, best + 1e-6 * np.abs(scales) + 1e-30)
+    np.testing.assert_array_less(got, best + 4e-6 * np.abs(scales[..., 0]) + 1e-30)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,9 @@ def test_mse_is_optimal_over_the_grids_it_searches(scale_dtype):
     w = normal(k=128, n=8)
     candidates = 7
     grouped = split_groups(w, 32)
-    sizes = [np.asarray(candidate_size(grouped, i, candidates, 2), np.float64) for i in range(candidates)]
+    sizes = [
+        np.asarray(candidate_size(grouped, i, candidates, (-1, 2)), np.float64) for i in range(candidates)
+    ]
     tried = [sign * size for size, sign in itertools.product(sizes, (1, -1))]
     tried.append(np.asarray(rtn(w, 32, jnp.dtype(scale_dtype))[1], np.float64))
     w64 = np.asarray(w, np.float64).reshape(4, 32, 8)
@@ -148,6 +153,30 @@ def test_absmean_is_bitnets_formula():
     np.testing.assert_allclose(absmean(w, 64, jnp.dtype("float32"))[1], by_group, rtol=1e-5)
 
 
+def test_trilm_has_one_scale_a_shard():
+    w = normal(n=48)
+    codes, scales, _ = trilm(w, 64, jnp.dtype("float32"), shards=3)
+    for shard in range(3):
+        part = np.asarray(w, np.float64)[:, 16 * shard : 16 * (shard + 1)]
+        scale = 1e-5 + np.mean(np.abs(part))
+        np.testing.assert_allclose(scales[:, 16 * shard : 16 * (shard + 1)], scale, rtol=1e-5)
+        want = np.clip(np.round(part / scale), -1, 1)
+        np.testing.assert_array_equal(np.asarray(codes, int)[:, 16 * shard : 16 * (shard + 1)] - 1, want)
+
+
+def test_hqq_iterations_improve_on_the_minmax_grid_for_skewed_weights():
+    w = jnp.exp(normal() * 20)
+    errors = []
+    for iterations in (0, 20):
+        qt = quantize(w, method="hqq", group_size=64, iterations=iterations)
+        errors.append(np.abs(np.asarray(jax_trirun.dequantize(qt) - w)).reshape(4, 64, -1).mean(axis=1))
+    assert np.all(errors[1] <= errors[0] * (1 + 1e-5)) and np.mean(errors[1] / errors[0]) < 0.95
+    constant = jnp.full((64, 3), 0.375).at[:, 1].set(0)
+    np.testing.assert_array_equal(
+        jax_trirun.dequantize(quantize(constant, method="hqq", group_size=32)), constant
+    )
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_leading_axes_jit_and_vmap_agree_with_one_at_a_time(method):
     w = jnp.stack([normal(seed=seed) for seed in range(3)])
@@ -188,7 +217,7 @@ def test_stored_keeps_the_rounding_that_xla_would_drop():
 def test_squared_error_is_that_of_the_nearest_levels():
     grouped = jnp.array([[[0.9], [-1.2], [2.6], [0.4]]])
     np.testing.assert_allclose(
-        squared_error(grouped, jnp.ones((1, 1)), 2), [[0.1**2 + 0.2**2 + 0.6**2 + 0.4**2]], rtol=1e-5
+        squared_error(grouped, jnp.ones((1, 1)), (-1, 2)), [[0.1**2 + 0.2**2 + 0.6**2 + 0.4**2]], rtol=1e-5
     )
 
 
@@ -221,6 +250,13 @@ W = np.ones((576, 4), np.float32)
             r"candidates and refine must be >= 0, got -1 and 2",
         ),
         (ValueError, W, {"group_size": 64, "method": "absmean", "per": "row"}, r"per must be .*got \'row\'"),
+        (
+            ValueError,
+            W,
+            {"group_size": 64, "method": "trilm", "shards": 3},
+            r"shards must divide N, got shards=3, N=4",
+        ),
+        (ValueError, W, {"group_size": 64, "method": "hqq", "p": 2.0}, r"0 < p <= 1, .*got p=2.0"),
         (TypeError, W, {"group_size": 64, "scale_dtype": "int8"}, r"scale_dtype must be float16.*got 'int8'"),
         (TypeError, W, {"group_size": 64, "scale_dtype": "float12"}, r"scale_dtype must be .*got 'float12'"),
         (ValueError, W, {"group_size": 64, "bits": 3}, r"bits must be 2 or 4, got 3"),

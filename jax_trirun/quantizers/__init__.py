@@ -17,10 +17,21 @@ from ..layout import layout
 from ..pack import pack
 from ..types import FLOATS, QuantTensor, check_group_size
 from .absmean import absmean as absmean
+from .gptq import Solution, solve
+from .gptq import add_to_hessian as add_to_hessian
+from .gptq import output_error as output_error
+from .hqq import hqq as hqq
 from .mse import mse as mse
 from .rtn import rtn as rtn
+from .trilm import trilm as trilm
 
-METHODS: dict[str, Callable[..., Any]] = {"mse": mse, "rtn": rtn, "absmean": absmean}
+METHODS: dict[str, Callable[..., Any]] = {
+    "mse": mse,
+    "rtn": rtn,
+    "absmean": absmean,
+    "trilm": trilm,
+    "hqq": hqq,
+}
 
 
 def quantize(
@@ -38,7 +49,8 @@ def quantize(
         w: float [..., K, N] = [..., in, out], as Flax's kernels; leading axes stack weights. float64 is
             taken as float32.
         method: "mse" (search over sizes and signs of each scale, the default), "rtn" (round to nearest),
-            "absmean" (ternary, as BitNet b1.58). Methods that need data are functions of their own.
+            "absmean" (ternary, as BitNet b1.58), "trilm" (ternary, as TriLM), "hqq" (affine, with zeros).
+            ``jax_trirun.quantizers.gptq``, which needs calibration data, is a function of its own.
         group_size: rows of w that share a scale: 32, 64, 128, or -1 for all of K. It must divide K.
         scale_dtype: float16, bfloat16 or float32; None keeps w's own dtype (float32 for float64).
         bits: 2 or 4.
@@ -68,6 +80,99 @@ def quantize(
     return as_quant_tensor(codes, scales, zeros, group_size=group_size, bits=bits)
 
 
+def gptq(
+    w: Any,
+    hessian: Any,
+    *,
+    group_size: int = 128,
+    damping: float = 0.1,
+    scale_dtype: Any = None,
+    bits: int = 2,
+    block_size: int = 128,
+    act_order: bool = False,
+    ternary: bool = False,
+    signed: bool = True,
+    candidates: int = 24,
+    refine: int = 2,
+) -> QuantTensor:
+    """Quantise w so that the layer's *outputs* on calibration data change least (GPTQ), and pack it.
+
+    Args:
+        w: float [K, N] = [in, out].
+        hessian: [K, K], the sum of x^T x over calibration inputs x (``add_to_hessian``).
+        group_size: rows of w that share a scale: 32, 64, 128, or -1 for all of K.
+        damping: added to the Hessian's diagonal, relative to its mean; raised by itself, six times at
+            most, when the factorisation fails.
+        scale_dtype: float16, bfloat16 or float32; None keeps w's own dtype.
+        bits: 2 or 4.
+        block_size: rows whose compensation is applied to the rest at once: a multiple of group_size.
+        act_order: fix the rows with the largest activations first; grids then do not see compensation.
+        ternary: only the levels -1, 0, 1.
+        signed: try negative scales too.
+        candidates, refine: of the search for each scale, as method "mse".
+
+    Returns:
+        A QuantTensor with ``shape=(K, N)``. Rows whose input was always zero are rounded to nearest.
+
+    Raises:
+        TypeError: w, hessian or scale_dtype is not of a float dtype.
+        ValueError: shapes do not fit, values are NaN or Inf, an argument is out of its range, or the
+            Hessian has no factorisation even with damping (it is not positive semi-definite).
+
+    Example:
+        >>> hessian = add_to_hessian(jnp.zeros((K, K)), x)
+        >>> qw = gptq(w, hessian, group_size=64)
+    """
+    solution, scale_checked = _solve_checked(
+        w,
+        hessian,
+        damping,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        bits=bits,
+        block_size=block_size,
+        act_order=act_order,
+        ternary=ternary,
+        signed=signed,
+        candidates=candidates,
+        refine=refine,
+    )
+    check_scales("gptq", scale_checked, solution.scales)
+    return as_quant_tensor(solution.codes, solution.scales, None, group_size=group_size, bits=bits)
+
+
+def _solve_checked(
+    w: Any, hessian: Any, damping: float, *, scale_dtype: Any, **options: Any
+) -> tuple[Solution, jax.Array]:
+    w, hessian = as_weight("gptq", w), as_weight("gptq", hessian, "hessian")
+    group_size, block = options["group_size"], options["block_size"]
+    if w.ndim != 2 or hessian.shape != (w.shape[0],) * 2:
+        raise ValueError(
+            f"gptq: hessian must be [K, K] for w [K, N], got {tuple(hessian.shape)} for {tuple(w.shape)}; "
+            "w is [in, out], transpose it if it is [out, in]"
+        )
+    check_group_size("gptq", w.shape[0], group_size)
+    layout(options["bits"])
+    if block < 1 or (group_size != -1 and block % group_size):
+        raise ValueError(f"gptq: block_size must be a multiple of group_size={group_size}, got {block}")
+    if not damping > 0 or options["candidates"] < 0 or options["refine"] < 0:
+        raise ValueError(
+            "gptq: damping must be > 0, candidates and refine >= 0, got "
+            f"damping={damping}, candidates={options['candidates']}, refine={options['refine']}"
+        )
+    check_finite("gptq", "w", w)
+    check_finite("gptq", "hessian", hessian)
+    solution = solve(
+        w, hessian, damping, scale_dtype=pick_scale_dtype("gptq", scale_dtype, w.dtype), **options
+    )
+    if not isinstance(solution.damping, jax.core.Tracer) and bool(jnp.isnan(solution.damping)):
+        raise ValueError(
+            f"gptq: hessian has no Cholesky factorisation, even with damping {damping} raised six times; "
+            "is it the sum of x^T x over real inputs?"
+        )
+    return solution, w
+
+
 def as_quant_tensor(codes: Any, scales: Any, zeros: Any, *, group_size: int, bits: int) -> QuantTensor:
     """Pack what a method returned."""
     k, n = codes.shape[-2:]
@@ -75,7 +180,7 @@ def as_quant_tensor(codes: Any, scales: Any, zeros: Any, *, group_size: int, bit
     return QuantTensor(words, scales, zeros, shape=(k, n), group_size=group_size, bits=bits)
 
 
-def as_weight(where: str, w: Any) -> jax.Array:
+def as_weight(where: str, w: Any, name: str = "w") -> jax.Array:
     """w as a float JAX array [..., K, N]. Raises TypeError or ValueError."""
     if not hasattr(w, "dtype"):
         w = np.asarray(w)
@@ -83,10 +188,12 @@ def as_weight(where: str, w: Any) -> jax.Array:
         w = w.astype(np.float32)
     if str(w.dtype) not in FLOATS:
         raise TypeError(
-            f"{where}: w must be a float array, got {w.dtype}; codes that exist already go to pack"
+            f"{where}: {name} must be a float array, got {w.dtype}; codes that exist already go to pack"
         )
     if w.ndim < 2 or w.size == 0:
-        raise ValueError(f"{where}: w must have shape [..., K, N] with no empty axis, got {tuple(w.shape)}")
+        raise ValueError(
+            f"{where}: {name} must have shape [..., K, N] with no empty axis, got {tuple(w.shape)}"
+        )
     return jnp.asarray(w)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .grid import codes_of, split_groups, stored
+from .grid import codes_of, nearest_levels, split_groups, stored
 
 
 @partial(jax.jit, static_argnames=("group_size", "scale_dtype", "bits", "per"))
@@ -42,11 +42,4 @@ def absmean(
     if per == "tensor":
         mean = jnp.broadcast_to(mean[..., 0, :], (*lead, groups, n))
     scales = stored(mean, scale_dtype)
-    return codes_of(ternary_levels(grouped, scales), bits), scales.astype(scale_dtype), None
-
-
-def ternary_levels(grouped: jax.Array, scales: jax.Array) -> jax.Array:
-    """The nearest of -1, 0, 1 to each weight over its scale; 0 where the scale is 0."""
-    scales = scales[..., None, :]
-    ratio = grouped / jnp.where(scales != 0, scales, 1.0)
-    return jnp.where(scales != 0, jnp.clip(jnp.round(ratio), -1, 1), 0.0)
+    return codes_of(nearest_levels(grouped, scales, (-1, 1)), bits), scales.astype(scale_dtype), None

@@ -42,25 +42,29 @@ def stored(scales: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.optimization_barrier(scales.astype(dtype)).astype(jnp.float32)
 
 
-def nearest_levels(grouped: jax.Array, scales: jax.Array, bits: int) -> jax.Array:
+def nearest_levels(grouped: jax.Array, scales: jax.Array, span: tuple[int, int]) -> jax.Array:
     """The level nearest to each weight, as float32; a zero scale gives level 0.
 
     Args:
         grouped: float32 [..., groups, G, N].
         scales: float32 [..., groups, N], of either sign.
-        bits: of a code.
+        span: the lowest and the highest level allowed: ``levels(bits)``, or (-1, 1) for ternary.
     """
-    low, high = levels(bits)
     scales = scales[..., None, :]
     usable = scales != 0
     ratio = grouped / jnp.where(usable, scales, 1.0)
-    return jnp.where(usable, jnp.clip(jnp.round(ratio), low, high), 0.0)
+    return jnp.where(usable, jnp.clip(jnp.round(ratio), *span), 0.0)
 
 
-def squared_error(grouped: jax.Array, scales: jax.Array, bits: int) -> jax.Array:
-    """The sum of squared errors of each group, rounded to nearest: float32 [..., groups, N]."""
-    error = grouped - nearest_levels(grouped, scales, bits) * scales[..., None, :]
-    return jnp.sum(error * error, axis=-2)
+def squared_error(
+    grouped: jax.Array, scales: jax.Array, span: tuple[int, int], importance: jax.Array | float = 1.0
+) -> jax.Array:
+    """The weighted sum of squared errors of each group, rounded to nearest: float32 [..., groups, N].
+
+    ``importance`` broadcasts against ``grouped``: [..., groups, G, 1] weighs rows.
+    """
+    error = grouped - nearest_levels(grouped, scales, span) * scales[..., None, :]
+    return jnp.sum(importance * error * error, axis=-2)
 
 
 def codes_of(level: jax.Array, bits: int) -> jax.Array:
@@ -68,10 +72,10 @@ def codes_of(level: jax.Array, bits: int) -> jax.Array:
     return merge_groups((level + layout(bits).zero_point).astype(jnp.uint8))
 
 
-def covering_scales(grouped: jax.Array, bits: int) -> jax.Array:
+def covering_scales(grouped: jax.Array, span: tuple[int, int], *, signed: bool = True) -> jax.Array:
     """The smallest scale, of either sign, whose grid clips no weight: float32 [..., groups, N]."""
-    low, high = levels(bits)
+    low, high = span
     top, bottom = jnp.max(grouped, axis=-2), jnp.min(grouped, axis=-2)
     upright = jnp.maximum(jnp.maximum(top / high, bottom / low), 0)
     turned = jnp.maximum(jnp.maximum(top / -low, bottom / -high), 0)
-    return jnp.where(upright <= turned, upright, -turned)
+    return jnp.where(upright <= turned, upright, -turned) if signed else upright

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from .grid import codes_of, covering_scales, nearest_levels, split_groups, stored
+from .grid import codes_of, covering_scales, levels, nearest_levels, split_groups, stored
 
 
 @partial(jax.jit, static_argnames=("group_size", "scale_dtype", "bits"))
@@ -25,5 +25,5 @@ def rtn(w: jax.Array, group_size: int, scale_dtype: Any, *, bits: int = 2):
         codes uint8 [..., K, N], scales ``scale_dtype`` [..., K / G, N], None (no zeros).
     """
     grouped = split_groups(w, group_size)
-    scales = stored(covering_scales(grouped, bits), scale_dtype)
-    return codes_of(nearest_levels(grouped, scales, bits), bits), scales.astype(scale_dtype), None
+    scales = stored(covering_scales(grouped, levels(bits)), scale_dtype)
+    return codes_of(nearest_levels(grouped, scales, levels(bits)), bits), scales.astype(scale_dtype), None
