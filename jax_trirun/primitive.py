@@ -13,6 +13,7 @@ It lowers to ``_call_p``, which is one call into one back end and knows nothing 
 Partitioning belongs between the two.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -144,7 +145,7 @@ def _cuda_reason(backend: _ffi.Backend, params: dict, x: Any, scales: Any, zeros
         return "a CUDA kernel's scratch needs to know M, which is symbolic"
     scale_dtype = _cuda_scale_dtype(x, scales, zeros)
     return backend.module.why_unsupported(
-        *_sizes(x, scales, params),
+        *_cuda_sizes(x, scales, params),
         str(x.dtype),
         str(scale_dtype),
         str(params["out_dtype"]),
@@ -158,9 +159,13 @@ def _cuda_scale_dtype(x: Any, scales: Any, zeros: Any | None) -> np.dtype:
     return np.dtype(x.dtype if same else "float32")
 
 
-def _sizes(x: Any, scales: Any, params: dict) -> tuple[int, int, int, int]:
+def _cuda_sizes(x: Any, scales: Any, params: dict) -> tuple[int, int, int, int]:
+    """M, N, K and groups of the CUDA call: N and K as multiples of 8, as the kernels move 16 bytes of a row.
+
+    Words are there already, in whole blocks. K is only ever rounded up when it is one group.
+    """
     groups, n = scales.shape
-    return x.shape[0], n, params["k"], groups
+    return x.shape[0], -(-n // 8) * 8, -(-params["k"] // 8) * 8, groups
 
 
 def _portable(backend: _ffi.Backend) -> bool:
@@ -168,37 +173,67 @@ def _portable(backend: _ffi.Backend) -> bool:
 
 
 def _lower_ffi(platform: str):
+    call = _lower_cuda_call if platform == "cuda" else _lower_call
+
     def rule(ctx, *operands, **params):
         if error := _ffi.platform_error(params["backend"], platform):
             raise ValueError(error)
         x, _, scales, *zeros = ctx.avals_in
         if ffi_reason(platform, params, x, scales, zeros[0] if zeros else None):
             return _lower_reference(ctx, *operands, **params)
-        values, avals, avals_out = list(operands), list(ctx.avals_in), list(ctx.avals_out)
-        backend = _ffi.BACKENDS[params["backend"] or platform]
-        if platform == "cuda":
-            dtype = _cuda_scale_dtype(x, scales, zeros[0] if zeros else None)
-            for i in range(2, len(values)):
-                values[i], avals[i] = _cast(ctx, values[i], avals[i], dtype)
-            size = backend.module.scratch_bytes(*_sizes(x, scales, params), str(x.dtype), _portable(backend))
-            avals_out.append(jax.core.ShapedArray((size,), np.dtype("uint8")))
-        if not zeros:  # the handler takes an array with no rows
-            none = np.zeros((0, scales.shape[1]), avals[2].dtype)
-            values.append(mlir.ir_constant(none))
-            avals.append(jax.core.ShapedArray(none.shape, none.dtype))
-        ctx = ctx.replace(avals_in=avals, avals_out=avals_out)
-        return jax.ffi.ffi_lowering(_ffi.MATMUL_TARGET)(ctx, *values, **backend.attributes)[:1]
+        return call(ctx, _ffi.BACKENDS[params["backend"] or platform], operands, params)
 
     return rule
 
 
-def _cast(ctx, value, aval, dtype):
-    """A value of the module being lowered in another dtype, and its type."""
-    if aval.dtype == dtype:
-        return value, aval
-    wanted = aval.update(dtype=dtype)
-    cast = mlir.lower_fun(lambda a: a.astype(dtype), multiple_results=False)
-    return cast(ctx.replace(avals_in=[aval], avals_out=[wanted]), value)[0], wanted
+def _lower_call(ctx, backend, operands, params):
+    del params
+    values, avals = list(operands), list(ctx.avals_in)
+    if len(values) == 3:  # no zeros: the handler takes an array with no rows
+        none = np.zeros((0, avals[2].shape[1]), avals[2].dtype)
+        values.append(mlir.ir_constant(none))
+        avals.append(jax.core.ShapedArray(none.shape, none.dtype))
+    ctx = ctx.replace(avals_in=avals)
+    return jax.ffi.ffi_lowering(_ffi.MATMUL_TARGET)(ctx, *values, **backend.attributes)[:1]
+
+
+def _lower_cuda_call(ctx, backend, operands, params):
+    """The call with its scratch, and around it what brings the operands to dtypes and sizes that it takes."""
+    x, words, scales, *zeros = ctx.avals_in
+    m, n, k, groups = _cuda_sizes(x, scales, params)
+    dtype = _cuda_scale_dtype(x, scales, zeros[0] if zeros else None)
+    shapes = [(m, k), words.shape] + [(groups, n)] * (1 + len(zeros))
+    dtypes = [x.dtype, words.dtype] + [dtype] * (1 + len(zeros))
+    values, avals = [], []
+    for value, aval, shape, dtype in zip(operands, ctx.avals_in, shapes, dtypes, strict=True):
+        if aval.shape != shape or aval.dtype != dtype:
+            value, aval = _apply(ctx, partial(_pad_and_cast, shape=shape, dtype=dtype), value, aval)
+        values.append(value)
+        avals.append(aval)
+    (out,) = ctx.avals_out
+    size = backend.module.scratch_bytes(m, n, k, groups, str(x.dtype), _portable(backend))
+    result = jax.core.ShapedArray((m, n), out.dtype)
+    scratch = jax.core.ShapedArray((size,), np.dtype("uint8"))
+    inner = ctx.replace(avals_in=avals, avals_out=[result, scratch])
+    (y,) = _lower_call(inner, backend, values, params)
+    if out.shape != result.shape:
+        y, _ = _apply(ctx, lambda y: jax.lax.slice(y, (0, 0), out.shape), y, result)
+    return [y]
+
+
+def _pad_and_cast(array, *, shape, dtype):
+    """Zeros at the end of each axis: padded codes meet x = 0, padded columns are cut off again."""
+    edges = [(0, to - size, 0) for to, size in zip(shape, array.shape, strict=True)]
+    return jax.lax.pad(array, np.zeros((), array.dtype), edges).astype(dtype)
+
+
+def _apply(ctx, function, value, aval):
+    """function(value) in the module being lowered, and its type. What is there is one device's: no sharding."""
+    aval = jax.core.ShapedArray(aval.shape, aval.dtype)
+    result = jax.eval_shape(function, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    wanted = jax.core.ShapedArray(result.shape, result.dtype)
+    lower = mlir.lower_fun(function, multiple_results=False)
+    return lower(ctx.replace(avals_in=[aval], avals_out=[wanted]), value)[0], wanted
 
 
 def _lower_elsewhere(ctx, *operands, **params):

@@ -101,3 +101,31 @@ else:
     raise AssertionError("a handler newer than the runtime was registered")
 """
     )
+
+
+def test_cuda_rounds_odd_sizes_up_and_cuts_the_result(run_python):
+    run_python(
+        _STAND_IN
+        + """
+def odd(k, n, zeros=False):
+    qt = MatmulProblem(5, k, n, -1, "bfloat16", "bfloat16", zeros).quant_tensor()
+    return lambda x: jax_trirun.matmul(x, qt)
+
+def text_of(f, k):
+    return jax.jit(f).trace(jnp.ones((5, k), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+
+text = text_of(odd(77, 45, True), 77)
+call = next(line for line in text.splitlines() if CALL in line)
+assert "(tensor<5x80xbf16>, tensor<2x2x128xui32>, tensor<1x48xbf16>, tensor<1x48xbf16>)" in call, call
+assert "(tensor<5x48xbf16>, tensor<4101xui8>)" in call, call
+assert asked[-1][:4] == (5, 48, 80, 1), asked
+assert text.count("stablehlo.slice") == 1 and "tensor<5x45xbf16>" in text
+assert "stablehlo.pad" not in text_of(odd(80, 48), 80)
+
+mesh = jax.make_mesh((1,), ("d",))  # explicit axes, and inside shard_map
+with jax.set_mesh(mesh):
+    assert CALL in text_of(odd(77, 45), 77)
+mesh, rows = jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("d")
+assert CALL in text_of(jax.shard_map(odd(77, 45), mesh=mesh, in_specs=rows, out_specs=rows), 77)
+"""
+    )
