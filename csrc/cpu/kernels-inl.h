@@ -202,6 +202,20 @@ struct Piece {
   const float* zeros;   // the same, or null
 };
 
+// A region's blocks of one k_block.
+struct Row {
+  int64_t k_block;
+  const uint32_t* lanes;  // [n_blocks][128], transposed
+  const uint32_t* next;   // [n_blocks][128], the words below
+};
+
+// The words of the next row of blocks are far away: too far for the hardware to guess. Each step of a
+// block asks for one cache line of them, because memory takes a limited number of requests at a time.
+inline void prefetch_line(const uint32_t* next, int step) {
+  static_assert(kWordsPerBlock / kCacheLineWords == kBlockK / kStepK, "a block has a line a step");
+  __builtin_prefetch(next + step * kCacheLineWords);
+}
+
 inline void load_zeros(const Piece& piece, int64_t c, F32* zeros) {
   for (int i = 0; i < 2 * kVectors; ++i) {
     zeros[i] = load(piece.zeros + c * kBlockN + i * kLanes);
@@ -212,7 +226,8 @@ inline void add_scaled(F32 scale, F32 value, float* sum) { store(sum, fma(scale,
 
 // Few rows: every level goes straight from its word into the sums.
 template <int rows, bool kZeros>
-void add_fused(const uint32_t* lanes, const float* x, const Piece& piece, int64_t c, float* sums) {
+void add_fused(const Row& row, int64_t c, const float* x, const Piece& piece, float* sums) {
+  const uint32_t* const lanes = row.lanes + c * kWordsPerBlock;
   const float* const scales = piece.scales + c * kBlockN;
   F32 zeros[2 * kVectors];
   if constexpr (kZeros) load_zeros(piece, c, zeros);
@@ -221,6 +236,7 @@ void add_fused(const uint32_t* lanes, const float* x, const Piece& piece, int64_
     for (int i = 0; i < 2 * kVectors; ++i) acc[r][i] = zero();
   }
   for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
+    prefetch_line(row.next + c * kWordsPerBlock, step);
     const float* const x_step = x + step * kStepK * rows;
     decode_step<kZeros>(lanes + step * kColumns, zeros, [&](int p, int i, F32 level) {
       for (int r = 0; r < rows; ++r) {
@@ -237,10 +253,12 @@ void add_fused(const uint32_t* lanes, const float* x, const Piece& piece, int64_
 
 // Many rows: the levels of a piece, [p][32], even columns first.
 template <bool kZeros>
-void decode_panel(const uint32_t* lanes, const Piece& piece, int64_t c, float* panel) {
+void decode_panel(const Row& row, int64_t c, const Piece& piece, float* panel) {
+  const uint32_t* const lanes = row.lanes + c * kWordsPerBlock;
   F32 zeros[2 * kVectors];
   if constexpr (kZeros) load_zeros(piece, c, zeros);
   for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
+    prefetch_line(row.next + c * kWordsPerBlock, step);
     float* const out = panel + step * kStepK * kBlockN;
     decode_step<kZeros>(lanes + step * kColumns, zeros,
                         [&](int p, int i, F32 level) { store(out + p * kBlockN + i * kLanes, level); });
@@ -286,8 +304,8 @@ inline int pieces_of(const KernelArgs& args, int64_t k_block, Piece* pieces, int
 }
 
 // Walks a region: k outermost, so that the columns of the region share x, and neighbouring blocks
-// of words are read one after the other. add_row(k_block, lanes, piece, sums) adds one piece of the
-// region's row of blocks, lanes [n_blocks][128], to sums [n_blocks][rows][32].
+// of words are read one after the other. add_row(row, piece, sums) adds one piece of a row of
+// blocks to sums [n_blocks][rows][32].
 template <class AddRow>
 inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row) {
   alignas(64) float totals[kMaxRowBlocks * kBlockN];
@@ -299,23 +317,19 @@ inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row)
   const int64_t floats = region.n_blocks * row_floats;
   std::memset(totals, 0, floats * sizeof(float));
 
-  const auto transpose_row = [&](int64_t k_block) {
-    const uint32_t* words = args.words + (k_block * args.n_blocks + region.n_block) * kWordsPerBlock;
-    const bool prefetch = k_block + 1 < args.k_blocks;
-    for (int64_t c = 0; c < region.n_blocks; ++c, words += kWordsPerBlock) {
-      // The next block of these columns is a whole row of blocks away: too far for the hardware.
-      for (int w = 0; prefetch && w < kWordsPerBlock; w += kCacheLineWords) {
-        __builtin_prefetch(words + args.n_blocks * kWordsPerBlock + w);
-      }
-      transpose_block(words, lanes + c * kWordsPerBlock);
-    }
+  const auto words_of = [&](int64_t k_block) {
+    return args.words + (k_block * args.n_blocks + region.n_block) * kWordsPerBlock;
   };
   const auto load_row = [&](const void* array, DType type, int64_t group, float* out) {
     for (int64_t c = 0; c < region.n_blocks; ++c) {
       load_columns(array, type, args, group, region.n_block + c, out + c * kBlockN);
     }
   };
-  const auto add_pieces = [&](int64_t k_block) {
+  const auto add_k_block = [&](int64_t k_block) {
+    for (int64_t c = 0; c < region.n_blocks; ++c) {
+      transpose_block(words_of(k_block) + c * kWordsPerBlock, lanes + c * kWordsPerBlock);
+    }
+    const Row row = {k_block, lanes, words_of(k_block + 1 < args.k_blocks ? k_block + 1 : k_block)};
     Piece pieces[2];
     int64_t groups[2];
     const int count = pieces_of(args, k_block, pieces, groups);
@@ -327,7 +341,7 @@ inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row)
         load_row(args.zeros, args.zero_type, groups[i], zeros);
         piece.zeros = zeros;
       }
-      add_row(k_block, lanes, piece, sums);
+      add_row(row, piece, sums);
     }
   };
 
@@ -335,10 +349,7 @@ inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row)
     const int64_t rest = args.k_blocks - first;
     const int64_t last = first + (rest < kSegmentBlocks ? rest : kSegmentBlocks);
     std::memset(sums, 0, floats * sizeof(float));
-    for (int64_t k_block = first; k_block < last; ++k_block) {
-      transpose_row(k_block);
-      add_pieces(k_block);
-    }
+    for (int64_t k_block = first; k_block < last; ++k_block) add_k_block(k_block);
     for (int64_t i = 0; i < floats; i += kLanes) {
       store(totals + i, add(load(totals + i), load(sums + i)));
     }
@@ -352,9 +363,9 @@ inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row)
 
 template <int rows, bool kZeros>
 void run_fused(const KernelArgs& args, const Region& region, const float* staged) {
-  walk(args, region, [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
+  walk(args, region, [&](const Row& row, const Piece& piece, float* sums) {
     for (int64_t c = 0; c < region.n_blocks; ++c) {
-      add_fused<rows, kZeros>(lanes + c * kWordsPerBlock, staged + k_block * kBlockK * rows, piece, c,
+      add_fused<rows, kZeros>(row, c, staged + row.k_block * kBlockK * rows, piece,
                               sums + c * rows * kBlockN);
     }
   });
@@ -388,10 +399,10 @@ void run_panel(const KernelArgs& args, const Region& region, int tile_rows, cons
       add_last(panel, x, piece, c, sums + row * kBlockN);
     }
   };
-  walk(args, region, [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
+  walk(args, region, [&](const Row& row, const Piece& piece, float* sums) {
     for (int64_t c = 0; c < region.n_blocks; ++c) {
-      decode_panel<kZeros>(lanes + c * kWordsPerBlock, piece, c, panel);
-      add_tiles(k_block, piece, c, sums + c * region.rows * kBlockN);
+      decode_panel<kZeros>(row, c, piece, panel);
+      add_tiles(row.k_block, piece, c, sums + c * region.rows * kBlockN);
     }
   });
 }
@@ -452,8 +463,9 @@ inline void add_byte(const U32* words, const float* tables, F32 one, F32 (*acc)[
 
 // `blocks` neighbouring blocks of columns share each table and give more independent sums.
 template <int rows, int blocks>
-void add_looked_up(const uint32_t* lanes, const float* tables, const Piece& piece, int64_t column,
-                   float* sums) {
+void add_looked_up(const Row& row, int64_t column, const float* tables, const Piece& piece, float* sums) {
+  const uint32_t* const lanes = row.lanes + column * kWordsPerBlock;
+  const uint32_t* const next = row.next + column * kWordsPerBlock;
   static_assert(kVectors == 1, "the lanes of a block are one vector");
   const F32 one = opaque(splat(1.f));
   F32 acc[blocks][rows][2];
@@ -464,6 +476,7 @@ void add_looked_up(const uint32_t* lanes, const float* tables, const Piece& piec
     U32 words[blocks];
     for (int c = 0; c < blocks; ++c) {
       words[c] = load_words(lanes + c * kWordsPerBlock + step * kColumns);
+      prefetch_line(next + c * kWordsPerBlock, step);
     }
     const float* const step_tables = tables + step * (kStepK / 2) * rows * kEntries;
     add_byte<0, rows, blocks>(words, step_tables, one, acc);
@@ -487,15 +500,14 @@ void run_table_rows(const KernelArgs& args, const Region& region, const float* t
   if constexpr (rows > 0) {
     if (region.rows != rows) return run_table_rows<rows - 1>(args, region, tables);
     constexpr int blocks = kMaxTableRows / rows > 4 ? 4 : kMaxTableRows / rows;
-    walk(args, region, [&](int64_t k_block, const uint32_t* lanes, const Piece& piece, float* sums) {
-      const float* const row_tables = tables + k_block * kPairs * rows * kEntries;
+    walk(args, region, [&](const Row& row, const Piece& piece, float* sums) {
+      const float* const row_tables = tables + row.k_block * kPairs * rows * kEntries;
       int64_t c = 0;
       for (; c + blocks <= region.n_blocks; c += blocks) {
-        add_looked_up<rows, blocks>(lanes + c * kWordsPerBlock, row_tables, piece, c,
-                                    sums + c * rows * kBlockN);
+        add_looked_up<rows, blocks>(row, c, row_tables, piece, sums + c * rows * kBlockN);
       }
       for (; c < region.n_blocks; ++c) {
-        add_looked_up<rows, 1>(lanes + c * kWordsPerBlock, row_tables, piece, c, sums + c * rows * kBlockN);
+        add_looked_up<rows, 1>(row, c, row_tables, piece, sums + c * rows * kBlockN);
       }
     });
   }
