@@ -9,6 +9,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <utility>
@@ -73,12 +74,16 @@ std::string alignment_error(const char* name, const ffi::AnyBuffer& buffer) {
 
 // ---- matmul -------------------------------------------------------------------------------------
 
+// How often XLA ran the handler. A captured graph replays without it: tests see by this that it is captured.
+std::atomic<int64_t> handler_runs{0};
+
 // x [M, K], words [K / kBlockK, N / kBlockN, 128], scales [groups, N], zeros [groups, N] of the scales'
 // type, or [0, N] when the zero point is Layout<2>::kZeroPoint -> y [M, N] in x's type or float32, and
 // scratch, at least scratch_bytes() of uint8. `portable`: only instructions that sm_80 has.
 ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer words, ffi::AnyBuffer scales,
                        ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y,
                        ffi::Result<ffi::AnyBuffer> scratch, int64_t portable) {
+  handler_runs.fetch_add(1, std::memory_order_relaxed);
   if (x.dimensions().size() != 2 || scales.dimensions().size() != 2) {
     return ffi::Error::InvalidArgument("matmul: x must be [M, K] and scales [groups, N], got " +
                                        shape_of(x.dimensions()) + " and " +
@@ -229,6 +234,8 @@ NB_MODULE(_cuda, m) {
         nb::arg("groups"), nb::arg("x_dtype"), nb::arg("scale_dtype"), nb::arg("out_dtype"),
         nb::arg("portable"),
         "\"\" or one sentence that says why no kernel covers these sizes and dtypes on this machine's GPUs.");
+  m.def("handler_runs", [] { return handler_runs.load(); },
+        "How often XLA ran the FFI handler in this process; replays of a captured graph do not count.");
   m.def("scratch_bytes", &scratch_bytes_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
         nb::arg("groups"), nb::arg("x_dtype"), nb::arg("portable"),
         "Bytes of the call's second result, which the kernels use while they run.");

@@ -1,0 +1,81 @@
+"""A product from every CUDA kernel, small enough to run under compute-sanitizer; run_on_gpu.sh does.
+
+Everything else happens on the CPU or as a copy, so what the sanitizer sees are the kernels.
+"""
+
+import itertools
+import sys
+
+import jax
+import numpy as np
+
+import jax_trirun
+from jax_trirun.testing import MatmulProblem, assert_close, matmul_float64
+
+# (M, K, N, group_size): each kernel of csrc/cuda/plan.h, K and N that fill their last tile and that do
+# not, K split over blocks, one n-block and many.
+SHAPES = (
+    (1, 256, 64, 128),
+    (2, 2048, 72, 64),
+    (3, 1024, 136, 32),
+    (4, 4096, 520, 128),
+    (5, 72, 40, -1),
+    (8, 2048, 264, 128),
+    (9, 160, 104, 32),
+    (16, 4096, 72, 128),
+    (33, 320, 200, 64),
+)
+# Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
+LARGE_SHAPES = ((1, 8192, 7168, 128), (4, 8192, 7168, -1))
+TYPES = (("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32"))
+
+
+def on_gpu(problem: MatmulProblem) -> tuple:
+    """x and the weight, made on the CPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        qt = problem.quant_tensor()
+    return jax.device_put((problem.x(), qt), jax.devices("cuda")[0])
+
+
+def check(problem: MatmulProblem, mode: str, out_dtype: str | None) -> None:
+    x, qt = on_gpu(problem)
+    f = jax.jit(lambda x, qt: jax_trirun.matmul(x, qt, out_dtype=out_dtype, backend=mode))
+    y = np.asarray(f(x, qt))
+    np.testing.assert_array_equal(np.asarray(f(x, qt)), y)
+    assert_close(
+        y,
+        matmul_float64(problem.x(), problem.codes(), problem.scales(), problem.zeros(), out_dtype=out_dtype),
+    )
+
+
+def replay_a_graph() -> None:
+    @jax.jit
+    def chain(x, qt):
+        for _ in range(6):
+            x = jax_trirun.matmul(x, qt, backend="cuda")
+        return x
+
+    x, qt = on_gpu(MatmulProblem(4, 512, 512, 128, "bfloat16", "bfloat16"))
+    first = np.asarray(chain(x, qt))
+    for _ in range(5):
+        np.testing.assert_array_equal(np.asarray(chain(x, qt)), first)
+
+
+def main() -> int:
+    done = 0
+    kinds = itertools.cycle(itertools.product(TYPES, (False, True), (None, "float32")))
+    for shape, mode in itertools.product(SHAPES, ("cuda", "cuda-portable")):
+        for _ in range(3):
+            (x_dtype, scale_dtype), zeros, out_dtype = next(kinds)
+            check(MatmulProblem(*shape, x_dtype, scale_dtype, zeros), mode, out_dtype)
+            done += 1
+    for shape, zeros in itertools.product(LARGE_SHAPES, (False, True)):
+        check(MatmulProblem(*shape, "float16", "float16", zeros), "cuda", None)
+        done += 1
+    replay_a_graph()
+    print(f"{done} products and one graph")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
