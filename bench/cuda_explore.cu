@@ -1,6 +1,15 @@
-// Times every shape of launch of the decode kernel, to choose from: variants x tiles x splits of K.
-// Prints CSV. Also the two things each row is shown against: a kernel that only reads the same bytes,
-// and (with -DWITH_CUBLAS) cuBLAS float16, all in captured graphs over weights that exceed the cache.
+// Times the decode kernel under every launch shape: variants (arithmetic, warps, ring stages) x splits of K,
+// float16 and groups of 128. csrc/cuda/plan.h chooses by what comes out. Each row stands beside the two
+// things it is judged against, timed in the same run: a kernel that only reads the same bytes, and cuBLAS
+// float16. All in captured graphs, over rotating weights that exceed the cache. Every result is checked
+// against a float64 product first.
+//
+//     nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a \
+//       -o /tmp/cuda_explore bench/cuda_explore.cu -ldl
+//     LD_LIBRARY_PATH=<where libcublas.so.13 is> /tmp/cuda_explore full > bench/results/<name>.csv
+//
+// Without "full" only the best five rows of every size; with "K,N,M,variant,ranks" that one launch, for a
+// profiler.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
@@ -18,25 +27,34 @@
 using namespace jax_trirun;
 using namespace jax_trirun::cuda;
 
-#define CHECK(call)                                                                     \
-  do {                                                                                  \
-    cudaError_t e = (call);                                                             \
-    if (e != cudaSuccess) {                                                             \
+#define CHECK(call)                                                                    \
+  do {                                                                                 \
+    cudaError_t e = (call);                                                            \
+    if (e != cudaSuccess) {                                                            \
       std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e)); \
-      std::exit(1);                                                                     \
-    }                                                                                   \
+      std::exit(1);                                                                    \
+    }                                                                                  \
   } while (0)
 
 __global__ void fill_random(uint32_t* p, size_t n, uint32_t seed) {
-  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+       i += (size_t)gridDim.x * blockDim.x) {
     uint32_t h = (uint32_t)i * 2654435761u + seed;
-    h ^= h >> 16; h *= 0x85ebca6bu; h ^= h >> 13; h *= 0xc2b2ae35u; h ^= h >> 16;
+    h ^= h >> 16;
+    h *= 0x85ebca6bu;
+    h ^= h >> 13;
+    h *= 0xc2b2ae35u;
+    h ^= h >> 16;
     p[i] = h;
   }
 }
 __device__ float uniform(uint32_t i, uint32_t seed) {
   uint32_t h = i * 2654435761u + seed;
-  h ^= h >> 16; h *= 0x85ebca6bu; h ^= h >> 13; h *= 0xc2b2ae35u; h ^= h >> 16;
+  h ^= h >> 16;
+  h *= 0x85ebca6bu;
+  h ^= h >> 13;
+  h *= 0xc2b2ae35u;
+  h ^= h >> 16;
   return (h >> 8) * (2.f / 16777216.f) - 1.f;
 }
 __global__ void fill_half(__half* p, size_t n, uint32_t seed, float scale) {
@@ -53,11 +71,15 @@ __global__ void __launch_bounds__(256) read_only(const uint4* p, size_t n, uint3
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(v[j].x), "=r"(v[j].y), "=r"(v[j].z), "=r"(v[j].w) : "l"(p + i + j * step));
+                   : "=r"(v[j].x), "=r"(v[j].y), "=r"(v[j].z), "=r"(v[j].w)
+                   : "l"(p + i + j * step));
 #pragma unroll
     for (int j = 0; j < 4; ++j) acc ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
   }
-  for (; i < n; i += step) { uint4 v = p[i]; acc ^= v.x ^ v.y ^ v.z ^ v.w; }
+  for (; i < n; i += step) {
+    uint4 v = p[i];
+    acc ^= v.x ^ v.y ^ v.z ^ v.w;
+  }
   if (acc == 0x12345678u) out[threadIdx.x] = acc;
 }
 
@@ -74,7 +96,8 @@ __global__ void reference(const __half* x, const uint32_t* words, const __half* 
     int code = words[block * L::kWordsPerBlock + at.word] >> at.shift & 3;
     double w = (double)__half2float(s[(size_t)(group ? i / group : 0) * n + col]) * (code - 1);
     double p = w * (double)__half2float(x[(size_t)row * k + i]);
-    sum += p; mag += fabs(p);
+    sum += p;
+    mag += fabs(p);
   }
   y[(size_t)row * n + col] = sum;
   bound[(size_t)row * n + col] = mag;
@@ -118,13 +141,17 @@ struct Variant {
   int (*smem)(int rows, int upr);
 };
 
-template <template <int, typename, typename, int, int, bool> class MathOf, int kTT, int kWarps, int kStages, int kBps>
+template <template <int, typename, typename, int, int, bool> class MathOf, int kTT, int kWarps, int kStages,
+          int kBps>
 Variant make(const char* name) {
   constexpr int G = 128;
   using Math = MathOf<2, __half, __half, kTT, G, false>;
   return {name,
           (const void*)decode_kernel<Math, 2, __half, __half, G, false, kWarps, kStages, true, kBps>,
-          kWarps, kBps, kStages, Math::kTokens,
+          kWarps,
+          kBps,
+          kStages,
+          Math::kTokens,
           [](int rows, int upr) {
             return DecodeSmem<Math, 2, kWarps, kStages, false, 2>::total_bytes(rows, upr);
           }};
@@ -138,22 +165,21 @@ int main(int argc, char** argv) {
   const int sms = prop.multiProcessorCount;
   std::printf("# %s, %d SMs\n", prop.name, sms);
   std::vector<Variant> variants = {
-      make<SliceMath, 1, 16, 4, 1>("s1w16s4b1"), make<SliceMath, 1, 8, 4, 2>("s1w8s4b2"),
-      make<SliceMath, 1, 8, 4, 3>("s1w8s4b3"),   make<SliceMath, 1, 16, 6, 1>("s1w16s6b1"),
-      make<SliceMath, 1, 16, 3, 2>("s1w16s3b2"), make<SliceMath, 1, 8, 6, 3>("s1w8s6b3"),
-      make<SliceMath, 2, 16, 4, 1>("s2w16s4b1"), make<SliceMath, 2, 8, 4, 3>("s2w8s4b3"),
-      make<SliceMath, 4, 16, 4, 1>("s4w16s4b1"), make<SliceMath, 4, 8, 4, 2>("s4w8s4b2"),
-      make<FloatMath, 1, 16, 4, 1>("f1w16s4b1"), make<FloatMath, 1, 8, 4, 2>("f1w8s4b2"),
-      make<FloatMath, 1, 8, 4, 3>("f1w8s4b3"),   make<FloatMath, 2, 16, 3, 1>("f2w16s3b1"),
-      make<FloatMath, 2, 8, 4, 2>("f2w8s4b2"),   make<FloatMath, 2, 12, 4, 1>("f2w12s4b1")};
+      make<SliceMath, 1, 16, 4, 1>("s1w16s4b1"), make<SliceMath, 1, 20, 4, 1>("s1w20s4b1"),
+      make<SliceMath, 2, 16, 4, 1>("s2w16s4b1"), make<SliceMath, 2, 20, 4, 1>("s2w20s4b1"),
+      make<FloatMath, 1, 16, 4, 1>("f1w16s4b1"), make<FloatMath, 1, 20, 3, 1>("f1w20s3b1"),
+      make<FloatMath, 1, 16, 3, 1>("f1w16s3b1"), make<FloatMath, 1, 24, 3, 1>("f1w24s3b1"),
+      make<FloatMath, 1, 8, 4, 2>("f1w8s4b2"),   make<FloatMath, 2, 16, 3, 1>("f2w16s3b1"),
+      make<FloatMath, 2, 12, 3, 1>("f2w12s3b1"), make<FloatMath, 2, 8, 3, 2>("f2w8s3b2"),
+      make<FloatMath, 2, 14, 3, 1>("f2w14s3b1")};
 
   // cuBLAS by dlopen: prototypes stated here, so that no header is needed.
   void* lib = dlopen("libcublas.so.13", RTLD_NOW);
   if (!lib) lib = dlopen("libcublas.so", RTLD_NOW);
   typedef int (*create_t)(void**);
   typedef int (*stream_t)(void*, cudaStream_t);
-  typedef int (*gemm_t)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
-                        const void*, void*, int, int, int, int);
+  typedef int (*gemm_t)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*,
+                        int, int, const void*, void*, int, int, int, int);
   void* handle = nullptr;
   stream_t set_stream = nullptr;
   gemm_t gemm = nullptr;
@@ -169,8 +195,11 @@ int main(int argc, char** argv) {
     std::printf("# no cuBLAS: %s\n", dlerror());
   }
 
-  struct Shape { int k, n; };
-  std::vector<Shape> shapes = {{4096, 4096}, {4096, 6144}, {8192, 8192}, {4096, 28672}, {14336, 4096}, {28672, 8192}, {8192, 57344}};
+  struct Shape {
+    int k, n;
+  };
+  std::vector<Shape> shapes = {{4096, 4096},  {4096, 6144},  {8192, 8192}, {4096, 28672},
+                               {14336, 4096}, {28672, 8192}, {8192, 57344}};
   const int group = 128;
   char* pool;
   const size_t pool_bytes = (size_t)3 << 30;
@@ -201,10 +230,11 @@ int main(int argc, char** argv) {
     float floor_us = 1e9f;
     for (int blocks : {132, 264, 396, 528, 792, 1056}) {
       floor_us = std::min(floor_us, graph_time_us(launches, [&](int i, cudaStream_t s) {
-        read_only<<<blocks, 256, 0, s>>>((const uint4*)(pool + (i % copies) * bytes), bytes / 16, (uint32_t*)y);
-      }));
+                            read_only<<<blocks, 256, 0, s>>>((const uint4*)(pool + (i % copies) * bytes),
+                                                             bytes / 16, (uint32_t*)y);
+                          }));
     }
-    for (int m : {1, 2, 4, 8, 16}) {
+    for (int m : {1, 2, 4, 8, 16, 32}) {
       float cublas_us = 0;
       if (gemm) {
         const size_t dense = (size_t)k * n * 2;
@@ -213,7 +243,8 @@ int main(int argc, char** argv) {
           float one = 1.f, zero = 0.f;
           cublas_us = graph_time_us(std::max(dcopies, 10), [&](int i, cudaStream_t s) {
             set_stream(handle, s);
-            gemm(handle, 0, 0, n, m, k, &one, pool + (i % dcopies) * dense, 2, n, x, 2, k, &zero, y, 2, n, 68, -1);
+            gemm(handle, 0, 0, n, m, k, &one, pool + (i % dcopies) * dense, 2, n, x, 2, k, &zero, y, 2, n,
+                 68, -1);
           });
         }
       }
@@ -222,10 +253,13 @@ int main(int argc, char** argv) {
       std::vector<double> href((size_t)m * n), hmag((size_t)m * n);
       CHECK(cudaMemcpy(href.data(), ref, href.size() * 8, cudaMemcpyDeviceToHost));
       CHECK(cudaMemcpy(hmag.data(), mag, hmag.size() * 8, cudaMemcpyDeviceToHost));
-      struct Row { float us; std::string text; };
+      struct Row {
+        float us;
+        std::string text;
+      };
       std::vector<Row> rows;
       for (auto& v : variants) {
-        if (v.tokens < m || (v.tokens >= 2 * m && v.tokens > 8) || (v.name[0] == 's' && v.tokens >= 2 * m && v.tokens > 2)) continue;
+        if (v.tokens < std::min(m, 16) || (v.tokens >= 2 * m && v.tokens > 8)) continue;
         for (int ranks : {1, 2, 4, 8}) {
           {
             const int units = ceil_div(k, 128);
@@ -233,7 +267,7 @@ int main(int argc, char** argv) {
             if (upr * (ranks - 1) >= units) continue;
             const int smem = v.smem(std::min(m, v.tokens), upr);
             if (smem > 227 * 1024 / v.blocks_per_sm - 1024) continue;
-                        const void* kernel = v.kernel;
+            const void* kernel = v.kernel;
             CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
             int slots = sms * v.blocks_per_sm;
             if (ranks > 1) {
@@ -257,7 +291,8 @@ int main(int argc, char** argv) {
             const int clusters = std::min(n_blocks, slots);
             const int each = ceil_div(n_blocks, clusters);
             const int at_once = ceil_div(each, ceil_div(each, v.warps));
-            DecodeArgs args{x, nullptr, nullptr, nullptr, y, m, n, k, k_blocks, n_blocks, n, false, ranks, upr, at_once};
+            DecodeArgs args{x,        nullptr,  nullptr, nullptr, y,     m,   n,      k,
+                            k_blocks, n_blocks, n,       false,   ranks, upr, at_once};
             auto launch = [&](int i, cudaStream_t s) {
               DecodeArgs a = args;
               char* base = pool + (i % copies) * bytes;
@@ -289,8 +324,9 @@ int main(int argc, char** argv) {
             }
             const float us = graph_time_us(launches, launch);
             char text[256];
-            std::snprintf(text, sizeof text, "%d,%d,%d,%s,%d,%d,%.2f,%.2f,%.3f,%.2f,%.2f,%.1f", k, n, m, v.name, ranks,
-                          slots, us, floor_us, us / floor_us, cublas_us, cublas_us / us, worst);
+            std::snprintf(text, sizeof text, "%d,%d,%d,%s,%d,%d,%.2f,%.2f,%.3f,%.2f,%.2f,%.1f", k, n, m,
+                          v.name, ranks, slots, us, floor_us, us / floor_us, cublas_us, cublas_us / us,
+                          worst);
             rows.push_back({us, text});
           }
         }

@@ -284,11 +284,12 @@ def test_every_instruction_set_of_this_machine(isa):
     assert module.set_isa(isa)
     try:
         assert module.current_isa() == isa
-        for m in (1, 3, 8, 21):
-            for dtype in FLOATS:
-                for zeros in (False, True):
-                    check_problem(MatmulProblem(m, 384, 100, 64, dtype, dtype, zeros), backend="cpu")
-                    check_problem(MatmulProblem(m, 77, 45, -1, dtype, "float16", zeros), backend="cpu")
+        with jax.default_device(jax.devices("cpu")[0]):
+            for m in (1, 3, 8, 21):
+                for dtype in FLOATS:
+                    for zeros in (False, True):
+                        check_problem(MatmulProblem(m, 384, 100, 64, dtype, dtype, zeros), backend="cpu")
+                        check_problem(MatmulProblem(m, 77, 45, -1, dtype, "float16", zeros), backend="cpu")
     finally:
         assert module.set_isa(before)
 

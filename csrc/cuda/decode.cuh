@@ -60,8 +60,7 @@ struct DecodeSmem {
   static constexpr int kPartialsPerWarp = 2;
 
   static __host__ __device__ int total_bytes(int rows, int units_per_rank) {
-    return Math::bytes(rows, units_per_rank) + kRingBytes +
-           kWarps * kPartialsPerWarp * kPartialFloats * 4;
+    return Math::bytes(rows, units_per_rank) + kRingBytes + kWarps * kPartialsPerWarp * kPartialFloats * 4;
   }
 };
 
@@ -82,7 +81,8 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
 // What the values of a token that are not finite add to four features, from the words in memory. Slow,
 // and met only by tokens that are lost anyway: it keeps Inf and NaN what they are for plain floats.
 template <int bits, typename T, typename S, int kGroupSize, bool kHasZeros>
-__device__ __forceinline__ float4 sum_of_not_finite(const DecodeArgs& args, const XSlice& slice, int token, int n) {
+__device__ __forceinline__ float4 sum_of_not_finite(const DecodeArgs& args, const XSlice& slice, int token,
+                                                    int n) {
   using L = Layout<bits>;
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
   const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(slice.first_token + token) * args.k;
@@ -95,7 +95,8 @@ __device__ __forceinline__ float4 sum_of_not_finite(const DecodeArgs& args, cons
       if (feature >= args.n) continue;
       const WordPosition at = L::locate(k % L::kBlockK, feature % L::kBlockN);
       const int64_t block = static_cast<int64_t>(k / L::kBlockK) * args.n_blocks + feature / L::kBlockN;
-      const uint32_t word = reinterpret_cast<const uint32_t*>(args.words)[block * L::kWordsPerBlock + at.word];
+      const uint32_t word =
+          reinterpret_cast<const uint32_t*>(args.words)[block * L::kWordsPerBlock + at.word];
       const float code = static_cast<float>(word >> at.shift & L::kCodeMask);
       const int64_t scale_at = static_cast<int64_t>(k / kGroupSize) * args.group_stride + feature;
       float zero = L::kZeroPoint;
@@ -106,8 +107,8 @@ __device__ __forceinline__ float4 sum_of_not_finite(const DecodeArgs& args, cons
   return make_float4(sum[0], sum[1], sum[2], sum[3]);
 }
 
-template <typename Math, int bits, typename T, typename S, int kGroupSize, bool kHasZeros, int kWarps, int kStages,
-          bool kCluster, int kBlocksPerSm>
+template <typename Math, int bits, typename T, typename S, int kGroupSize, bool kHasZeros, int kWarps,
+          int kStages, bool kCluster, int kBlocksPerSm>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const DecodeArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kCluster) __trap();  // never launched there; the rest vanishes
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
   const int first_block = static_cast<int>(static_cast<int64_t>(args.n_blocks) * cluster / clusters);
   const int end_block = static_cast<int>(static_cast<int64_t>(args.n_blocks) * (cluster + 1) / clusters);
   const int first_token = blockIdx.y * Math::kTokens;
-  const XSlice slice = {args.x, args.k, first_token, min(args.m - first_token, Math::kTokens),
+  const XSlice slice = {args.x,     args.k,          first_token, min(args.m - first_token, Math::kTokens),
                         rank_begin, rank_real_units, rank_units};
 
   char* const x_shared = smem;
@@ -156,14 +157,16 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
   // features past N are not written.
   constexpr int kUint4sPerBlock = L::kWordsPerBlock / 4;
   const int64_t word_row = static_cast<int64_t>(args.n_blocks) * kUint4sPerBlock;
-  const int64_t scale_step = static_cast<int64_t>(args.group_stride) * kGroups * static_cast<int>(sizeof(S));
+  const int64_t scale_step =
+      static_cast<int64_t>(args.group_stride) * kGroups * static_cast<int>(sizeof(S));
   const int short_unit = units * Smem::kBlocksPerUnit > args.k_blocks ? units - 1 - rank_begin : -1;
   const uint32_t lane_words = opaque(lane * 16);
-  const uint32_t lane_scales = opaque(Smem::kWordBytes + t * Smem::kScaleRowBytes + g * 4 * static_cast<int>(sizeof(S)));
+  const uint32_t lane_scales =
+      opaque(Smem::kWordBytes + t * Smem::kScaleRowBytes + g * 4 * static_cast<int>(sizeof(S)));
   const uint32_t ring_end = ring + kStages * Smem::kStageBytes;
   int fetch_first = first_block - args.n_blocks_at_once;  // of the n-blocks worked on together
-  int fetch_position = 0;         // in their line
-  int fetch_end = 0;              // of this warp's piece
+  int fetch_position = 0;                                 // in their line
+  int fetch_end = 0;                                      // of this warp's piece
   int fetch_unit = 0;
   int fetch_run = 0;  // units until pointers need more than their constant step; 0 after the last one
   uint32_t fetch_stage = ring;
@@ -194,13 +197,15 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
       fetch_block_step = is_short ? 0 : word_row;
       const bool meets_short = fetch_unit < short_unit && short_unit < fetch_unit + real;
       fetch_run = is_short ? 1 : meets_short ? short_unit - fetch_unit : real;
-      fetch_position += is_short || meets_short ? fetch_run : min(rank_units - fetch_unit, fetch_end - fetch_position);
+      fetch_position +=
+          is_short || meets_short ? fetch_run : min(rank_units - fetch_unit, fetch_end - fetch_position);
       const int unit = rank_begin + fetch_unit;
       fetch_words = args.words + unit * Smem::kBlocksPerUnit * word_row + n_block * kUint4sPerBlock + lane;
       const int n = min(n_block * L::kBlockN + 4 * g, args.n - 4);
       const int64_t at = static_cast<int64_t>(unit * kGroups + t % kGroups) * args.group_stride + n;
       fetch_scales = static_cast<const char*>(args.scales) + at * static_cast<int>(sizeof(S));
-      if constexpr (kHasZeros) fetch_zeros = static_cast<const char*>(args.zeros) + at * static_cast<int>(sizeof(S));
+      if constexpr (kHasZeros)
+        fetch_zeros = static_cast<const char*>(args.zeros) + at * static_cast<int>(sizeof(S));
       return;
     }
   };
@@ -215,7 +220,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
 #pragma unroll
         for (int i = 2; i < 4; ++i) {
           const bool real = (rank_begin + fetch_unit) * 4 + i < args.k_blocks;
-          copy_async<16>(fetch_stage + lane_words + i * Smem::kBlockBytes, fetch_words + (real ? i * word_row : 0));
+          copy_async<16>(fetch_stage + lane_words + i * Smem::kBlockBytes,
+                         fetch_words + (real ? i * word_row : 0));
         }
       }
       // Lane t of a g brings the unit's t-th group.
@@ -223,7 +229,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
       if (t < kGroups && real_group) {
         copy_async<4 * sizeof(S)>(fetch_stage + lane_scales, fetch_scales);
         if constexpr (kHasZeros) {
-          copy_async<4 * sizeof(S)>(fetch_stage + lane_scales + kGroups * Smem::kScaleRowBytes, fetch_zeros);
+          copy_async<4 * sizeof(S)>(fetch_stage + lane_scales + kGroups * Smem::kScaleRowBytes,
+                                    fetch_zeros);
         }
       }
       fetch_words += Smem::kBlocksPerUnit * word_row;
@@ -287,7 +294,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
       sum = sum + *reinterpret_cast<const float4*>(from);
     }
     if (lost) {
-      sum = sum + sum_of_not_finite<bits, T, S, kGroupSize, kHasZeros>(args, slice, item.token, item.feature);
+      sum =
+          sum + sum_of_not_finite<bits, T, S, kGroupSize, kHasZeros>(args, slice, item.token, item.feature);
     }
     return sum;
   };
@@ -389,7 +397,8 @@ __global__ void add_parts(const float* from, int parts, int64_t size, void* y, b
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
   if (at >= size) return;
   float4 sum = *reinterpret_cast<const float4*>(from + at);
-  for (int part = 1; part < parts; ++part) sum = sum + *reinterpret_cast<const float4*>(from + part * size + at);
+  for (int part = 1; part < parts; ++part)
+    sum = sum + *reinterpret_cast<const float4*>(from + part * size + at);
   store_outputs<T>(y, at, sum, y_is_f32);
 }
 

@@ -105,8 +105,10 @@ std::string launch_decode_of(const DecodeLaunch& launch, const DecodeArgs& args)
     case DecodeKernel::kSlices2: return launch_for_groups<DecodeKernel::kSlices2, T, S>(launch, args);
     case DecodeKernel::kFloat1: return launch_for_groups<DecodeKernel::kFloat1, T, S>(launch, args);
     case DecodeKernel::kFloat2: return launch_for_groups<DecodeKernel::kFloat2, T, S>(launch, args);
-    case DecodeKernel::kFloat1Portable: return launch_for_groups<DecodeKernel::kFloat1Portable, T, S>(launch, args);
-    case DecodeKernel::kFloat2Portable: return launch_for_groups<DecodeKernel::kFloat2Portable, T, S>(launch, args);
+    case DecodeKernel::kFloat1Portable:
+      return launch_for_groups<DecodeKernel::kFloat1Portable, T, S>(launch, args);
+    case DecodeKernel::kFloat2Portable:
+      return launch_for_groups<DecodeKernel::kFloat2Portable, T, S>(launch, args);
   }
   return "matmul: no such kernel";
 }

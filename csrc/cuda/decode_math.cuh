@@ -21,8 +21,8 @@
 
 namespace jax_trirun::cuda {
 
-inline constexpr int kUnitK = 128;      // of K a warp takes from its ring at a time
-inline constexpr int kMmaColumns = 8;   // tokens, or digits of tokens, in one mma
+inline constexpr int kUnitK = 128;     // of K a warp takes from its ring at a time
+inline constexpr int kMmaColumns = 8;  // tokens, or digits of tokens, in one mma
 
 // Splits a zero point: the codes take a 16-bit part that keeps c - z exact, `rest` is what the float32
 // sums add for the remainder. In: rest = z. A zero far outside the codes goes to the sums whole: there
@@ -99,7 +99,8 @@ struct FloatMath {
     const int chunks = slice.units * (kUnitK / 8);
     const int row_bytes = stride(slice.stored_units);
     for (int row = 0; row < slice.rows; ++row) {
-      const T* from = static_cast<const T*>(slice.x) + static_cast<int64_t>(slice.first_token + row) * slice.k;
+      const T* from =
+          static_cast<const T*>(slice.x) + static_cast<int64_t>(slice.first_token + row) * slice.k;
       for (int c = threadIdx.x; c < chunks; c += blockDim.x) {
         const int k = slice.first_unit * kUnitK + c * 8;
         const bool real = k < slice.k;
@@ -118,7 +119,8 @@ struct FloatMath {
         const int token = i / groups;
         float sum = 0.f;
         if (token < slice.rows) {
-          const T* from = reinterpret_cast<const T*>(shared + token * stride(slice.stored_units)) + i % groups * kGroupSize;
+          const T* from = reinterpret_cast<const T*>(shared + token * stride(slice.stored_units)) +
+                          i % groups * kGroupSize;
           for (int k = 0; k < kGroupSize; ++k) sum += static_cast<float>(from[k]);
         }
         sums[token * slice.stored_units * kGroups + i % groups] = sum;
@@ -136,15 +138,16 @@ struct FloatMath {
   float total[L::kTiles][kColumnTiles][4];
   float group_sum[L::kTiles][kColumnTiles][4];
 
-  __device__ FloatMath(const char* shared, const XSlice& slice) : shared(shared), slice(slice), lane(threadIdx.x % 32) {}
+  __device__ FloatMath(const char* shared, const XSlice& slice)
+      : shared(shared), slice(slice), lane(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void begin(int unit) {
     const int row_bytes = stride(slice.stored_units);
     const uint32_t base = shared_address(shared);
 #pragma unroll
     for (int m = 0; m < kColumnTiles; ++m) {
-      x_row[m] = matrix_row(base, base + slice.rows * row_bytes, m * kMmaColumns + lane % 8, slice.rows, row_bytes,
-                            unit * kUnitK * 2);
+      x_row[m] = matrix_row(base, base + slice.rows * row_bytes, m * kMmaColumns + lane % 8, slice.rows,
+                            row_bytes, unit * kUnitK * 2);
 #pragma unroll
       for (int i = 0; i < L::kTiles; ++i) {
 #pragma unroll
@@ -195,7 +198,8 @@ struct FloatMath {
       float sums[2] = {0.f, 0.f};
       if constexpr (kHasZeros) {
         const int stored = slice.stored_units * kGroups;
-        const float* x_sums = reinterpret_cast<const float*>(shared + sums_offset(slice.rows, slice.stored_units)) + group;
+        const float* x_sums =
+            reinterpret_cast<const float*>(shared + sums_offset(slice.rows, slice.stored_units)) + group;
         sums[0] = x_sums[(m * kMmaColumns + lane % 4 * 2) * stored];
         sums[1] = x_sums[(m * kMmaColumns + lane % 4 * 2 + 1) * stored];
       }
@@ -253,7 +257,8 @@ struct FloatMath {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int token = m * kMmaColumns + lane % 4 * 2 + c;
-        const float4 sums = make_float4(total[0][m][c], total[0][m][2 + c], total[1][m][c], total[1][m][2 + c]);
+        const float4 sums =
+            make_float4(total[0][m][c], total[0][m][2 + c], total[1][m][c], total[1][m][2 + c]);
         if (token < slice.rows) write(token, sums);
       }
     }
@@ -310,7 +315,8 @@ struct SliceMath {
     for (int task = threadIdx.x / 32; task < slice.rows * fours; task += warps) {
       const int token = task / fours;
       const int unit = task % fours * 4 + lane / 8;
-      const T* from = static_cast<const T*>(slice.x) + static_cast<int64_t>(slice.first_token + token) * slice.k;
+      const T* from =
+          static_cast<const T*>(slice.x) + static_cast<int64_t>(slice.first_token + token) * slice.k;
       const int k = (slice.first_unit + unit) * kUnitK + lane % 8 * 16;
       float v[16];
       load_8(v, from + k, unit < slice.units && k < slice.k);
@@ -324,7 +330,8 @@ struct SliceMath {
     constexpr int kLoads = 8 * sizeof(T) / 16;
     uint4 raw[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) raw[i] = real ? reinterpret_cast<const uint4*>(from)[i] : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kLoads; ++i)
+      raw[i] = real ? reinterpret_cast<const uint4*>(from)[i] : make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(reinterpret_cast<const T*>(raw)[i]);
   }
@@ -344,7 +351,8 @@ struct SliceMath {
       largest = fmaxf(largest, fabsf(v[j]));
     }
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    for (int step = 1; step < 8; step *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
     // 2^power brings the largest below 2^30. Both it and its inverse stay normal numbers.
     const int power = max(-126, min(126, 29 - (static_cast<int>(__float_as_uint(largest) >> 23) - 127)));
     const float up = __uint_as_float(static_cast<uint32_t>(power + 127) << 23);
@@ -376,7 +384,8 @@ struct SliceMath {
 #pragma unroll
     for (int d = 0; d < kDigits; ++d) {
 #pragma unroll
-      for (int step = 1; step < kLanesPerGroup; step *= 2) sum[d] += __shfl_xor_sync(0xffffffffu, sum[d], step);
+      for (int step = 1; step < kLanesPerGroup; step *= 2)
+        sum[d] += __shfl_xor_sync(0xffffffffu, sum[d], step);
     }
     if (unit >= slice.units) return;
     if (lane % 8 == 0) powers[token * slice.stored_units + unit] = down;
@@ -412,7 +421,8 @@ struct SliceMath {
   float total[L::kTiles][kColumnTiles][2];
   int group_sum[L::kTiles][kColumnTiles][4];
 
-  __device__ SliceMath(const char* shared, const XSlice& slice) : shared(shared), slice(slice), lane(threadIdx.x % 32) {}
+  __device__ SliceMath(const char* shared, const XSlice& slice)
+      : shared(shared), slice(slice), lane(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void begin(int unit) {
     const int row_bytes = stride(slice.stored_units);
@@ -424,8 +434,10 @@ struct SliceMath {
 #pragma unroll
       for (int i = 0; i < L::kTiles; ++i) total[i][m][0] = total[i][m][1] = 0.f;
     }
-    power_at = base + powers_offset(slice.rows, slice.stored_units) + (lane % 4 / 2 * slice.stored_units + unit) * 4;
-    start_at = base + sums_offset(slice.rows, slice.stored_units) + (unit * kGroups * kStartsPerGroup + lane % 4) * 16;
+    power_at = base + powers_offset(slice.rows, slice.stored_units) +
+               (lane % 4 / 2 * slice.stored_units + unit) * 4;
+    start_at = base + sums_offset(slice.rows, slice.stored_units) +
+               (unit * kGroups * kStartsPerGroup + lane % 4) * 16;
   }
 
   __device__ __forceinline__ void multiply(uint32_t words, uint32_t scales, int scale_row_bytes, int unit) {
@@ -446,7 +458,8 @@ struct SliceMath {
         if (first) {
 #pragma unroll
           for (int m = 0; m < kColumnTiles; ++m) {
-            const uint4 v = load_shared_16(start_at + (group * kStartsPerGroup + m * (kMmaColumns / 2)) * 16);
+            const uint4 v =
+                load_shared_16(start_at + (group * kStartsPerGroup + m * (kMmaColumns / 2)) * 16);
             start[m][0] = v.x, start[m][1] = v.y, start[m][2] = v.z, start[m][3] = v.w;
           }
         }
@@ -465,7 +478,8 @@ struct SliceMath {
           }
         }
         const bool real = kGroups == 1 || (slice.first_unit + unit) * kUnitK + k < slice.k;
-        if ((k + kHalfK) % kGroupSize == 0 && real) add_group(scales, scale_row_bytes, group, digit_value, start);
+        if ((k + kHalfK) % kGroupSize == 0 && real)
+          add_group(scales, scale_row_bytes, group, digit_value, start);
       }
     }
     power_at += 4;
@@ -478,8 +492,8 @@ struct SliceMath {
 
   // A sum of 128 products of a code below 4 and a digit fits 17 bits, so two neighbouring digits fit the
   // 24 bits of a float together.
-  __device__ __forceinline__ void add_group(uint32_t scales, int scale_row_bytes, int group, float digit_value,
-                                            const int (&start)[kColumnTiles][4]) {
+  __device__ __forceinline__ void add_group(uint32_t scales, int scale_row_bytes, int group,
+                                            float digit_value, const int (&start)[kColumnTiles][4]) {
     float scale[4];
     load_scales<S>(scale, scales + group * scale_row_bytes);
     float zero[4];

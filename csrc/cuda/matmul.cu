@@ -1,10 +1,9 @@
-#include "matmul.h"
-
 #include <algorithm>
 #include <string>
 
 #include "decode.cuh"
 #include "decode_launch.h"
+#include "matmul.h"
 
 namespace jax_trirun::cuda {
 namespace {
@@ -22,11 +21,12 @@ std::string why_misaligned(const MatmulArgs& args) {
   const struct {
     const char* name;
     const void* pointer;
-  } buffers[] = {{"x", args.x}, {"words", args.words}, {"scales", args.scales}, {"zeros", args.zeros},
-                 {"y", args.y}, {"scratch", args.scratch}};
+  } buffers[] = {{"x", args.x},         {"words", args.words}, {"scales", args.scales},
+                 {"zeros", args.zeros}, {"y", args.y},         {"scratch", args.scratch}};
   for (const auto& buffer : buffers) {
     if (!is_aligned(buffer.pointer)) {
-      return std::string("matmul: ") + buffer.name + " must be aligned to 16 bytes, got an address that ends in " +
+      return std::string("matmul: ") + buffer.name +
+             " must be aligned to 16 bytes, got an address that ends in " +
              std::to_string(reinterpret_cast<uintptr_t>(buffer.pointer) % 16);
     }
   }
@@ -72,10 +72,12 @@ std::string why_unsupported(const MatmulArgs& args, int compute_capability) {
            name_of(args.y_type);
   }
   if (p.m > kMaxDecodeTokens) {
-    return "matmul: the kernels take up to " + std::to_string(kMaxDecodeTokens) + " rows of x, got " + sizes(p);
+    return "matmul: the kernels take up to " + std::to_string(kMaxDecodeTokens) + " rows of x, got " +
+           sizes(p);
   }
   if (p.n % 8 != 0 || p.k % 8 != 0) return "matmul: N and K must be multiples of 8, got " + sizes(p);
-  if (p.n > kMaxInt / 64 || p.k > kMaxInt / 64) return "matmul: N and K must be below 2^25, got " + sizes(p);
+  if (p.n > kMaxInt / 64 || p.k > kMaxInt / 64)
+    return "matmul: N and K must be below 2^25, got " + sizes(p);
   if (p.m > 0 && portable_parts(p) == 0) return "matmul: K does not fit, got " + sizes(p);
   return "";
 }
@@ -118,8 +120,9 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   decode.y_is_f32 = args.y_type == DType::kF32;
 
   const bool f32_scales = args.scale_type == DType::kF32;
-  const auto launch_decode = args.x_type == DType::kF16 ? (f32_scales ? launch_decode_f16_f32 : launch_decode_f16_f16)
-                                                        : (f32_scales ? launch_decode_bf16_f32 : launch_decode_bf16_bf16);
+  const auto launch_decode = args.x_type == DType::kF16
+                                 ? (f32_scales ? launch_decode_f16_f32 : launch_decode_f16_f16)
+                                 : (f32_scales ? launch_decode_bf16_f32 : launch_decode_bf16_bf16);
   bool portable = args.portable || major < 9;
   while (true) {
     const DecodeKernel kernel = choose_decode_kernel(p, sms, portable);

@@ -30,8 +30,8 @@ constexpr DecodeShape shape_of(DecodeKernel kernel) {
   switch (kernel) {
     case DecodeKernel::kSlices1: return {2, 16, 4, true};
     case DecodeKernel::kSlices2: return {4, 16, 4, true};
-    case DecodeKernel::kFloat1: return {8, 16, 4, true};
-    case DecodeKernel::kFloat2: return {16, 16, 3, true};
+    case DecodeKernel::kFloat1: return {8, 16, 3, true};
+    case DecodeKernel::kFloat2: return {16, 12, 3, true};
     case DecodeKernel::kFloat1Portable: return {8, 8, 4, false};
     case DecodeKernel::kFloat2Portable: return {16, 8, 4, false};
   }
@@ -55,23 +55,27 @@ struct DecodePlan {
 inline DecodeKernel choose_decode_kernel(const Problem& problem, int sms, bool portable) {
   if (portable) return problem.m <= 8 ? DecodeKernel::kFloat1Portable : DecodeKernel::kFloat2Portable;
   if (problem.m > 8) return DecodeKernel::kFloat2;
-  // Cutting activations into digits takes longer than copying them, and pays from about a megabyte of
-  // packed words for every 16 multiprocessors on.
+  // Cutting activations into digits takes longer than copying them, and pays from about 128 kB of packed
+  // words for every multiprocessor on (4096 x 28672 does, 14336 x 4096 does not).
   const int64_t bytes_per_sm = problem.words<2>() * 4 / std::max(sms, 1);
-  if (problem.m > 4 || bytes_per_sm < 96 * 1024) return DecodeKernel::kFloat1;
+  if (problem.m > 4 || bytes_per_sm < 128 * 1024) return DecodeKernel::kFloat1;
   return problem.m <= 2 ? DecodeKernel::kSlices1 : DecodeKernel::kSlices2;
 }
 
 // The smallest split of K (a power of two for clusters) whose slice of x fits `shared_memory`, as
 // `bytes_of(units)` counts it, and that gives every multiprocessor something to do.
 template <typename BytesOf>
-DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int shared_memory, const BytesOf& bytes_of) {
+DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int shared_memory,
+                       const BytesOf& bytes_of) {
   const int units = static_cast<int>(std::max<int64_t>(1, ceil_div(problem.k, 128)));
   const bool cluster = shape_of(kernel).cluster;
   for (int ranks = 1; ranks <= (cluster ? 8 : units); ranks = cluster ? ranks * 2 : ranks + 1) {
     const int units_per_rank = static_cast<int>(ceil_div(units, ranks));
     if (units_per_rank * (ranks - 1) >= units && ranks > 1) continue;  // a rank without work
     if (bytes_of(units_per_rank) > shared_memory) continue;
+    // Digits of very long rows are better cut by two blocks than by one.
+    const bool slices = kernel == DecodeKernel::kSlices1 || kernel == DecodeKernel::kSlices2;
+    if (slices && units_per_rank > 128 && ranks < 8) continue;
     // Too few n-blocks for the multiprocessors: split K further, while a warp keeps a unit of its own.
     const bool idle = cluster && problem.n_blocks<2>() * ranks * 2 <= sms + sms / 8;
     if (idle && ranks < 8 && units_per_rank >= 2 * shape_of(kernel).warps) continue;

@@ -84,14 +84,14 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%10, %11, %12, %13};\n"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%10, %11, %12, %13};\n"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
   }
 }
 
@@ -124,10 +124,10 @@ __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t magic) {
 // [barrier.cluster] All threads of all blocks of the cluster; what was written before arriving is
 // visible after waiting, also in another block's shared memory.
 __device__ __forceinline__ void cluster_arrive() {
-  JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"));
+  JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.arrive.release.aligned;\n" :: : "memory"));
 }
 __device__ __forceinline__ void cluster_wait() {
-  JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"));
+  JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.wait.acquire.aligned;\n" :: : "memory"));
 }
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r = 0;
@@ -142,13 +142,11 @@ __device__ __forceinline__ uint32_t cluster_size() {
 // [mapa, ld.shared::cluster] Four floats at the same shared address in another block of the cluster.
 __device__ __forceinline__ float4 load_remote(uint32_t address, uint32_t rank) {
   float4 v = {};
-  JAX_TRIRUN_FROM_SM_90(asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}\n"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory"));
+  JAX_TRIRUN_FROM_SM_90(
+      asm volatile("{\n.reg .b32 remote;\n"
+                   "mapa.shared::cluster.u32 remote, %4, %5;\n"
+                   "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}\n" : "=f"(v.x),
+                   "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory"));
   return v;
 }
 
