@@ -9,7 +9,7 @@
 #
 #   PYTHON                 python3            with jax[cuda], flax, nanobind, scikit-build-core, pytest, hypothesis
 #   JAX_TRIRUN_CUDA_ARCHS  this GPU's         architectures to build, as CMake's option of that name
-#   JOBS                   half of the cores  test processes at a time
+#   JOBS                   3/4 of the cores   test processes at a time
 #   SKIP_BUILD, SKIP_TESTS, SKIP_SANITIZER    not empty: leave that part out
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +18,7 @@ python=${PYTHON:-python3}
 logs=${1:-$(mktemp -d)}
 mkdir -p "$logs"
 logs=$(cd "$logs" && pwd)
-jobs=${JOBS:-$(((($(nproc) + 1) / 2)))}
+jobs=${JOBS:-$((($(nproc) * 3 + 3) / 4))}
 started=$SECONDS
 summary=()
 failed=0
@@ -36,6 +36,8 @@ finish() {
 
 # JAX takes three quarters of the GPU for itself unless told otherwise; several processes share it here.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
+# Plain dots need not be the fastest here, and trying out all their algorithms takes most of the time.
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0"
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
 if [ -z "$gpu" ]; then
@@ -76,31 +78,40 @@ else
 fi
 
 # ---- Tests ----------------------------------------------------------------------------------------
-# One process for each file and kind of test: XLA's compiler, not the GPU, takes the time. Tests marked
-# gpu are those of test_cuda.py and, of the contract's, those on a CUDA back end.
+# Many processes at a time: XLA's compiler, not the GPU, takes the time. Each gets a file and the keywords of
+# its part of it.
 test_part() {
-  file=$1 kind=$2
-  name=$(basename "$file" .py)-${kind// /-}
-  "$python" -m pytest -q -rsfE --rootdir "$(dirname "$tests")" -c "$config" -p no:cacheprovider -m "$kind" "$file" >"$logs/$name.log" 2>&1
+  number=$1 file=$2 keywords=$3
+  name=$(basename "$file" .py)-$number
+  "$python" -m pytest -q -rsfE --rootdir "$(dirname "$tests")" -c "$config" -p no:cacheprovider -k "$keywords" "$file" >"$logs/$name.log" 2>&1
   code=$?
-  [ "$code" = 5 ] && code=0 # no test of this kind in the file
+  [ "$code" = 5 ] && code=0 # nothing in the file has these keywords
   echo "$code $name $(tail -1 "$logs/$name.log")" >>"$logs/tests.txt"
 }
 export -f test_part
 export python logs tests config
 
+list_parts() {  # the longest first
+  for backend in "cuda-portable" "cuda and not cuda-portable" "reference" "not cuda and not reference"; do
+    for kind in "group_sizes" "test_any" "not group_sizes and not test_any"; do
+      echo "$tests/test_matmul.py|($backend) and ($kind)"
+    done
+  done
+  for mode in "cuda-portable" "not cuda-portable"; do
+    for kind in "every_kernel or more_than or very_long" "rows or tile" "not (every_kernel or more_than or very_long or rows or tile)"; do
+      echo "$tests/test_cuda.py|$mode and ($kind)"
+    done
+  done
+  for file in "$tests"/test_*.py; do
+    case $(basename "$file") in test_matmul.py | test_cuda.py) ;; *) echo "$file|test" ;; esac
+  done
+}
+
 if [ -z "${SKIP_TESTS:-}" ]; then
   began=$SECONDS
   : >"$logs/tests.txt"
-  {  # the longest first
-    printf '%s\ngpu\n' "$tests/test_matmul.py" "$tests/test_cuda.py"
-    for file in "$tests"/test_*.py; do
-      case $(basename "$file") in
-        test_matmul.py | test_cuda.py) printf '%s\nnot gpu\n' "$file" ;;
-        *) printf '%s\ngpu\n%s\nnot gpu\n' "$file" "$file" ;;
-      esac
-    done
-  } | tr '\n' '\0' | xargs -0 -n 2 -P "$jobs" bash -c 'test_part "$0" "$1"'
+  list_parts | awk -F'|' '{ printf "%s%c%s%c%s%c", NR, 0, $1, 0, $2, 0 }' |
+    xargs -0 -n 3 -P "$jobs" bash -c 'test_part "$@"' test_part
   parts=$(grep -c . "$logs/tests.txt")
   bad=$(grep -vc '^0 ' "$logs/tests.txt")
   total=$(grep -hoE '[0-9]+ passed' "$logs"/test_*.log | awk '{ n += $1 } END { print n + 0 }')
