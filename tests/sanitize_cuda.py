@@ -26,7 +26,7 @@ SHAPES = (
     (33, 320, 200, 64),
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
-LARGE_SHAPES = ((1, 8192, 7168, 128), (4, 8192, 7168, -1))
+LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 8192, 8960, -1))
 TYPES = (("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32"))
 
 

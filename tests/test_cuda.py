@@ -14,7 +14,7 @@ import pytest
 
 import jax_trirun
 from jax_trirun import _ffi
-from jax_trirun.testing import MatmulProblem, assert_close, check_problem, matmul_float64
+from jax_trirun.testing import MatmulProblem, Reference, assert_close, check_problem, matmul_float64
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,9 +27,13 @@ MODES = ("cuda", "cuda-portable")
 HALVES = ("float16", "bfloat16")
 GROUP_SIZES = (32, 64, 128, -1)
 PAD_WORD = 0x55555555  # sixteen codes of the zero point
+LARGE_WEIGHTS = 1 << 27  # 32 MB of words, enough for csrc/cuda/plan.h to take a layer for large
 
 both_modes = pytest.mark.parametrize("mode", MODES)
 both_halves = pytest.mark.parametrize("dtype", HALVES)
+every_kernel = pytest.mark.parametrize(
+    ("mode", "size"), [("cuda", "small"), ("cuda", "large"), ("cuda-portable", "small")]
+)
 
 
 def assert_runs_the_kernel(x, qt, mode):
@@ -44,15 +48,23 @@ def check(problem, mode, **options):
     return check_problem(problem, backend=mode, **options)
 
 
-def product(x, codes, scales, zeros=None, *, mode, out_dtype=None, group_size=-1):
-    """matmul by a kernel, and the float64 reference, for literal arrays."""
-    qt = jax_trirun.QuantTensor(
-        jax_trirun.pack(codes), jnp.asarray(scales), None if zeros is None else jnp.asarray(zeros),
-        shape=codes.shape, group_size=group_size,
-    )  # fmt: skip
+def product(x, codes, scales, zeros=None, *, mode, out_dtype=None, group_size=-1, size="small"):
+    """matmul by a kernel, and the float64 reference, for literal arrays.
+
+    Large layers have kernels of their own for up to 4 rows. For these, ``size="large"`` repeats the
+    weight's columns, a multiple of 32 of them, until it is such a layer.
+    """
+    k, n = codes.shape
+    copies = -(-LARGE_WEIGHTS // (k * n)) if size == "large" and len(x) <= 4 else 1
+    wide_scales, wide_zeros = (
+        None if a is None else jnp.tile(jnp.asarray(a), (1, copies)) for a in (scales, zeros)
+    )
+    words = jnp.tile(jax_trirun.pack(codes), (1, copies, 1))
+    qt = jax_trirun.QuantTensor(words, wide_scales, wide_zeros, shape=(k, n * copies), group_size=group_size)
     assert_runs_the_kernel(x, qt, mode)
     y = jax_trirun.matmul(jnp.asarray(x), qt, out_dtype=out_dtype, backend=mode)
-    return y, matmul_float64(x, codes, scales, zeros, out_dtype=out_dtype)
+    reference = matmul_float64(x, codes, scales, zeros, out_dtype=out_dtype)
+    return y, Reference(*(np.tile(a, (1, copies)) for a in reference))
 
 
 def normal(shape, dtype, seed=0):
@@ -84,7 +96,7 @@ def test_a_row_is_the_same_in_any_company(dtype, mode):
     reference = matmul_float64(x, problem.codes(), problem.scales())
     for rows in ([32, 0, 7], list(range(32, -1, -1)), [5], [5] * 17):
         y = jax_trirun.matmul(jnp.asarray(x[rows]), qt, backend=mode)
-        assert_close(y, type(reference)(reference.y[rows], reference.bound[rows]))
+        assert_close(y, Reference(reference.y[rows], reference.bound[rows]))
 
 
 @both_modes
@@ -120,6 +132,26 @@ def test_every_kernel(group_size, scale_dtype, dtype, mode):
             assert y.dtype == jnp.dtype(out_dtype or dtype)
 
 
+@both_halves
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_every_kernel_of_large_layers(group_size, scale_dtype, dtype):
+    for m, with_zeros, k in (
+        (1, False, 768),
+        (2, True, 800),
+        (3, False, 160),
+        (4, True, 8192),
+        (4, False, 96),
+    ):
+        k -= k % max(group_size, 1)
+        p = MatmulProblem(m, k or group_size, 64, group_size, dtype, scale_dtype, with_zeros)
+        y = product(
+            p.x(), p.codes(), p.scales(), p.zeros(), mode="cuda", group_size=group_size, size="large",
+            out_dtype="float32" if m == 3 else None,
+        )  # fmt: skip
+        assert_close(*y)
+
+
 @both_modes
 @pytest.mark.parametrize("m", [1, 2, 4, 6, 16])
 def test_layers_of_a_large_model(m, mode):
@@ -144,67 +176,89 @@ def test_zeros_keep_their_precision_beside_scales(scale_dtype, zeros_dtype, mode
 # ---- Values -----------------------------------------------------------------------------------------
 
 
-@both_modes
+@every_kernel
 @both_halves
-def test_identity_gives_the_weights_exactly(dtype, mode):
-    k, n = 64, 96
-    codes = ((np.arange(k)[:, None] + np.arange(n)[None, :] + np.arange(k)[:, None] // 4) % 4).astype(
-        np.uint8
-    )
-    for groups in (1, 2):
-        scales = np.where(np.arange(groups * n).reshape(groups, n) % 2, 0.5, -1.25).astype(jnp.dtype(dtype))
-        for zeros in (None, np.full((groups, n), 1.5, jnp.dtype(dtype))):
-            y, reference = product(
-                np.eye(k, dtype=jnp.dtype(dtype)), codes, scales, zeros, mode=mode, group_size=k // groups
-                if groups > 1 else -1,
-            )  # fmt: skip
-            np.testing.assert_array_equal(np.asarray(y).astype(np.float64), reference.y)
-    for row in (0, 1, 31, 63):  # and alone, where other kernels run
-        one = np.zeros((1, k), jnp.dtype(dtype))
-        one[0, row] = 1
-        y, reference = product(one, codes, np.ones((1, n), jnp.dtype(dtype)), mode=mode)
+def test_each_row_of_the_weight_exactly(size, dtype, mode):
+    codes = np.random.default_rng(0).integers(0, 4, (128, 96)).astype(np.uint8)
+    ones = np.eye(128, dtype=jnp.dtype(dtype))
+    for rows in ([0], [1, 127], [63, 64, 8], [9, 31, 32, 33]):
+        scales = np.full((1, 96), -0.375, jnp.dtype(dtype))
+        y, reference = product(ones[rows], codes, scales, mode=mode, size=size)
         np.testing.assert_array_equal(np.asarray(y).astype(np.float64), reference.y)
 
 
 @both_modes
 @both_halves
+def test_identity_gives_the_weights_exactly(dtype, mode):
+    k, n = 64, 96
+    codes = np.random.default_rng(1).integers(0, 4, (k, n)).astype(np.uint8)
+    for groups in (1, 2):
+        scales = np.where(np.arange(groups * n).reshape(groups, n) % 2, 0.5, -1.25).astype(jnp.dtype(dtype))
+        for zeros in (None, np.full((groups, n), 1.5, jnp.dtype(dtype))):
+            eye = np.eye(k, dtype=jnp.dtype(dtype))
+            group_size = -1 if groups == 1 else 32
+            y, reference = product(eye, codes, scales, zeros, mode=mode, group_size=group_size)
+            np.testing.assert_array_equal(np.asarray(y).astype(np.float64), reference.y)
+
+
+@every_kernel
+@both_halves
 @pytest.mark.parametrize("code", range(4))
-def test_each_code_alone(code, dtype, mode):
-    codes = np.full((256, 72), code, np.uint8)
-    scales = np.full((2, 72), 0.3, jnp.dtype(dtype))
-    zeros = np.full((2, 72), 1.7, jnp.dtype(dtype))
+def test_each_code_alone(size, code, dtype, mode):
+    codes = np.full((256, 64), code, np.uint8)
+    scales = np.full((2, 64), 0.3, jnp.dtype(dtype))
+    zeros = np.full((2, 64), 1.7, jnp.dtype(dtype))
     for m in (1, 4, 11):
         for z in (None, zeros):
-            assert_close(*product(normal((m, 256), dtype), codes, scales, z, mode=mode, group_size=128))
+            assert_close(
+                *product(normal((m, 256), dtype), codes, scales, z, mode=mode, size=size, group_size=128)
+            )
 
 
-@both_modes
+@every_kernel
 @both_halves
 @pytest.mark.parametrize("mean", [1.0, -100.0])
-def test_activations_with_a_large_mean(mean, dtype, mode):
+def test_activations_with_a_large_mean(mean, size, dtype, mode):
     for m in (1, 4, 9):
         for with_zeros in (False, True):
-            problem = MatmulProblem(m, 8192, 64, 128, dtype, dtype, with_zeros, x_mean=mean)
-            check(problem, mode, out_dtype="float32")
+            p = MatmulProblem(m, 8192, 64, 128, dtype, dtype, with_zeros, x_mean=mean)
+            y = product(
+                p.x(),
+                p.codes(),
+                p.scales(),
+                p.zeros(),
+                mode=mode,
+                group_size=128,
+                size=size,
+                out_dtype="float32",
+            )
+            assert_close(*y)
 
 
-@both_modes
+@every_kernel
 @both_halves
-def test_large_zeros_do_not_cost_the_small_differences(dtype, mode):
+def test_large_zeros_do_not_cost_the_small_differences(size, dtype, mode):
     """zeros far from the codes: the weight is about -s * z, and x's sum matters."""
     codes = MatmulProblem(1, 512, 64).codes()
     scales, zeros = normal((4, 64), dtype), (normal((4, 64), dtype, 1) * 100).astype(jnp.dtype(dtype))
     for m in (1, 3, 8):
         y = product(
-            normal((m, 512), dtype), codes, scales, zeros, mode=mode, group_size=128, out_dtype="float32"
+            normal((m, 512), dtype),
+            codes,
+            scales,
+            zeros,
+            mode=mode,
+            size=size,
+            group_size=128,
+            out_dtype="float32",
         )
         assert_close(*y)
 
 
-@both_modes
+@every_kernel
 @both_halves
 @pytest.mark.parametrize("m", [1, 3, 8, 20])
-def test_sums_that_pass_65504_and_come_back(m, dtype, mode):
+def test_sums_that_pass_65504_and_come_back(size, m, dtype, mode):
     """Partial sums of a group, of a slice of K, and of the whole reach many times 65504 and cancel."""
     k = 1024
     x = np.full((m, k), 2048, jnp.dtype(dtype))
@@ -213,12 +267,12 @@ def test_sums_that_pass_65504_and_come_back(m, dtype, mode):
     codes[k // 2 : k // 2 + 64] = 1
     scales = np.ones((k // 32, 64), jnp.dtype(dtype))
     scales[k // 64 :] = 2
-    y, reference = product(x, codes, scales, mode=mode, group_size=32)
+    y, reference = product(x, codes, scales, mode=mode, size=size, group_size=32)
     assert np.isfinite(np.asarray(y).astype(np.float32)).all()
     assert_close(y, reference)
 
 
-@both_modes
+@every_kernel
 @both_halves
 @pytest.mark.parametrize(
     ("name", "scale", "scale_dtype"),
@@ -233,93 +287,95 @@ def test_sums_that_pass_65504_and_come_back(m, dtype, mode):
         ("huge float32", 1e36, "float32"),
     ],
 )
-def test_extreme_scales(name, scale, scale_dtype, dtype, mode):
+def test_extreme_scales(size, name, scale, scale_dtype, dtype, mode):
     scale_dtype = scale_dtype or dtype
     scales = np.full((4, 64), scale, jnp.dtype(scale_dtype))
     scales[1] *= -1
     codes = MatmulProblem(1, 128, 64).codes()
     for m in (1, 4, 9):
         x = normal((m, 128), dtype)
-        y = product(x, codes, scales, mode=mode, group_size=32, out_dtype="float32")
+        y = product(x, codes, scales, mode=mode, size=size, group_size=32, out_dtype="float32")
         assert_close(*y)
 
 
-@both_modes
+@every_kernel
 @both_halves
 @pytest.mark.parametrize("m", [1, 2, 4, 8])
-def test_small_activations_beside_large_ones(m, dtype, mode):
+def test_small_activations_beside_large_ones(size, m, dtype, mode):
     """One huge activation meets weights of zero, so the tiny ones make the whole result."""
     k = 256
     x = (normal((m, k), dtype) * np.float32(2.0**-10)).astype(jnp.dtype(dtype))
     codes = MatmulProblem(1, k, 64).codes()
     x[:, 5], codes[5] = 60000, 1  # 1 is the zero point
     x[:, 200], codes[200] = -60000, 1
-    assert_close(*product(x, codes, np.ones((2, 64), jnp.dtype(dtype)), mode=mode, group_size=128))
+    assert_close(*product(x, codes, np.ones((2, 64), jnp.dtype(dtype)), mode=mode, size=size, group_size=128))
 
 
-@both_modes
+@every_kernel
 @both_halves
 @pytest.mark.parametrize("m", [1, 4, 8])
-def test_activations_of_every_magnitude(m, dtype, mode):
+def test_activations_of_every_magnitude(size, m, dtype, mode):
     rng = np.random.default_rng(1)
     low, high = (-24, 15) if dtype == "float16" else (-100, 100)
     x = (np.ldexp(rng.choice([-1, 1], (m, 512)), rng.integers(low, high, (m, 512)))).astype(jnp.dtype(dtype))
     codes = MatmulProblem(1, 512, 64).codes()
     scales = np.ones((4, 64), jnp.dtype(dtype))
-    assert_close(*product(x, codes, scales, mode=mode, group_size=128, out_dtype="float32"))
+    assert_close(*product(x, codes, scales, mode=mode, size=size, group_size=128, out_dtype="float32"))
 
 
-@both_modes
+@every_kernel
 @both_halves
-def test_subnormal_activations(dtype, mode):
+def test_subnormal_activations(size, dtype, mode):
     tiny = float(jnp.finfo(dtype).smallest_subnormal)
     for m in (1, 4, 8):
         x = (np.random.default_rng(2).integers(-5, 6, (m, 256)) * np.float64(tiny)).astype(jnp.dtype(dtype))
         scale = np.full((2, 64), 2.0**20 if dtype == "float16" else 2.0**100, np.float32)
         codes = MatmulProblem(1, 256, 64).codes()
-        assert_close(*product(x, codes, scale, mode=mode, group_size=128, out_dtype="float32"))
+        assert_close(*product(x, codes, scale, mode=mode, size=size, group_size=128, out_dtype="float32"))
 
 
-@both_modes
+@every_kernel
 @both_halves
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("m", [1, 2, 4, 7, 20])
-def test_not_a_number_stays_in_its_row(m, value, dtype, mode):
+def test_not_a_number_stays_in_its_row(size, m, value, dtype, mode):
     """K = 72 leaves 56 padded rows of codes: no 0 * Inf may come from them either."""
     for with_zeros in (False, True):
-        problem = MatmulProblem(m, 72, 40, -1, dtype, "float32", with_zeros)
+        problem = MatmulProblem(m, 72, 64, -1, dtype, "float32", with_zeros)
         x = problem.x()
         x[m // 2, 3] = value
-        y, reference = product(x, problem.codes(), problem.scales(), problem.zeros(), mode=mode)
+        y, reference = product(x, problem.codes(), problem.scales(), problem.zeros(), mode=mode, size=size)
         rows = np.isfinite(np.asarray(y).astype(np.float32)).all(axis=1)
         assert not rows[m // 2] and rows[np.arange(m) != m // 2].all()
         assert_close(y, reference)
 
 
-@both_modes
+@every_kernel
 @both_halves
 @pytest.mark.parametrize("k", [65, 72, 96, 160])
-def test_padding_never_multiplies_infinity(k, dtype, mode):
-    codes = np.full((k, 33), 2, np.uint8)
+def test_padding_never_multiplies_infinity(size, k, dtype, mode):
+    codes = np.full((k, 32), 2, np.uint8)
     for m in (3, 9):
         x = np.ones((m, k), jnp.dtype(dtype))
         x[1, k - 1] = np.inf
-        y = np.asarray(product(x, codes, np.ones((1, 33), jnp.dtype(dtype)), mode=mode)[0]).astype(np.float32)
+        y, _ = product(x, codes, np.ones((1, 32), jnp.dtype(dtype)), mode=mode, size=size)
+        y = np.asarray(y).astype(np.float32)
         np.testing.assert_array_equal(np.delete(y, 1, axis=0), float(k))
         assert np.isposinf(y[1]).all()
 
 
-@both_modes
+@every_kernel
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_bad_scale_stays_in_its_column(value, mode):
+def test_a_bad_scale_stays_in_its_column(value, mode, size):
     for m, k in ((1, 96), (4, 160), (9, 320)):
-        problem = MatmulProblem(m, k, 72, 32, "float16", "float32")
+        problem = MatmulProblem(m, k, 64, 32, "float16", "float32")
         scales = problem.scales()
         scales[-1, 5] = value
-        y = product(problem.x(), problem.codes(), scales, mode=mode, group_size=32)[0]
+        y, _ = product(problem.x(), problem.codes(), scales, mode=mode, group_size=32, size=size)
         y = np.asarray(y).astype(np.float32)
-        assert not np.isfinite(y[:, 5]).any()
-        assert np.isfinite(np.delete(y, 5, axis=1)).all()
+        bad = np.arange(y.shape[1]) % 64 == 5
+        assert not np.isfinite(y[:, bad]).any()
+        assert np.isfinite(y[:, ~bad]).all()
 
 
 # ---- More elements than an int counts ---------------------------------------------------------------
@@ -464,7 +520,7 @@ def test_donated_activations_and_weights(mode):
         qt = update(qt)
         sign = 1 if i % 2 else -1
         y = f(jnp.asarray(problem.x()), qt)
-        assert_close(y, type(reference)(sign * reference.y, reference.bound))
+        assert_close(y, Reference(sign * reference.y, reference.bound))
 
 
 @both_modes
