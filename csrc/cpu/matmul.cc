@@ -14,8 +14,9 @@ namespace {
 
 using Codes = Layout<2>;
 
-// Enough tasks to keep the last one from mattering on some dozens of threads.
-constexpr int64_t kWantedTasks = 64;
+// Enough tasks for the threads of a large machine and a small last one; more would shorten the strips
+// of words that are read in one go (14 blocks, 7 KB, are 15 % faster than 7 from memory).
+constexpr int64_t kWantedTasks = 32;
 // Rows that share one decoded panel of weights.
 constexpr int64_t kMaxRegionRows = 96;
 // Staged rows and tables of one round: what a last-level cache can hold.
