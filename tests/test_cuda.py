@@ -264,7 +264,7 @@ def test_sums_that_pass_65504_and_come_back(size, m, dtype, mode):
     x = np.full((m, k), 2048, jnp.dtype(dtype))
     codes = np.full((k, 64), 3, np.uint8)
     codes[k // 2 :] = 0
-    codes[k // 2 : k // 2 + 64] = 1
+    codes[k // 2 : k // 2 + 8] = 1  # leaves 32768
     scales = np.ones((k // 32, 64), jnp.dtype(dtype))
     scales[k // 64 :] = 2
     y, reference = product(x, codes, scales, mode=mode, size=size, group_size=32)
@@ -324,14 +324,12 @@ def test_activations_of_every_magnitude(size, m, dtype, mode):
 
 
 @every_kernel
-@both_halves
-def test_subnormal_activations(size, dtype, mode):
-    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+def test_subnormal_activations(mode, size):
+    """Of float16. Those of bfloat16 are float32's too, which XLA flushes to zero at will."""
     for m in (1, 4, 8):
-        x = (np.random.default_rng(2).integers(-5, 6, (m, 256)) * np.float64(tiny)).astype(jnp.dtype(dtype))
-        scale = np.full((2, 64), 2.0**20 if dtype == "float16" else 2.0**100, np.float32)
-        codes = MatmulProblem(1, 256, 64).codes()
-        assert_close(*product(x, codes, scale, mode=mode, size=size, group_size=128, out_dtype="float32"))
+        x = (np.random.default_rng(2).integers(-5, 6, (m, 256)) * 2.0**-24).astype(np.float16)
+        codes, scales = MatmulProblem(1, 256, 64).codes(), np.full((2, 64), 2.0**20, np.float32)
+        assert_close(*product(x, codes, scales, mode=mode, size=size, group_size=128, out_dtype="float32"))
 
 
 @every_kernel
