@@ -69,7 +69,8 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 std::string alignment_error(const char* name, const ffi::AnyBuffer& buffer) {
   if (buffer.element_count() == 0 || is_aligned(buffer.untyped_data())) return "";
   return std::string("matmul: ") + name + " must be aligned to 16 bytes, got an address " +
-         std::to_string(reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16) + " bytes past one that is";
+         std::to_string(reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16) +
+         " bytes past one that is";
 }
 
 // ---- matmul -------------------------------------------------------------------------------------
@@ -86,8 +87,7 @@ ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer wor
   handler_runs.fetch_add(1, std::memory_order_relaxed);
   if (x.dimensions().size() != 2 || scales.dimensions().size() != 2) {
     return ffi::Error::InvalidArgument("matmul: x must be [M, K] and scales [groups, N], got " +
-                                       shape_of(x.dimensions()) + " and " +
-                                       shape_of(scales.dimensions()));
+                                       shape_of(x.dimensions()) + " and " + shape_of(scales.dimensions()));
   }
   MatmulArgs args;
   args.problem.m = x.dimensions()[0];
@@ -106,10 +106,9 @@ ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer wor
   const bool has_zeros = !has_shape(zeros, {0, p.n}) || p.groups == 0;
   for (const std::string& e :
        {operand_error("x", x, {p.m, p.k}), operand_error("scales", scales, {p.groups, p.n}),
-        operand_error("zeros", zeros, {has_zeros ? p.groups : 0, p.n}),
-        operand_error("y", *y, {p.m, p.n}), alignment_error("x", x), alignment_error("words", words),
-        alignment_error("scales", scales), alignment_error("zeros", zeros), alignment_error("y", *y),
-        alignment_error("scratch", *scratch)}) {
+        operand_error("zeros", zeros, {has_zeros ? p.groups : 0, p.n}), operand_error("y", *y, {p.m, p.n}),
+        alignment_error("x", x), alignment_error("words", words), alignment_error("scales", scales),
+        alignment_error("zeros", zeros), alignment_error("y", *y), alignment_error("scratch", *scratch)}) {
     if (!e.empty()) return ffi::Error::InvalidArgument(e);
   }
   args.x = x.untyped_data();
@@ -228,14 +227,17 @@ NB_MODULE(_cuda, m) {
   using namespace jax_trirun::cuda;
   m.doc() = "The CUDA back end of jax_trirun: the FFI handler, and which products have a kernel.";
   m.def("ffi_handlers", &ffi_handlers, "FFI target name -> handler.");
-  m.def("ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
-        "(major, minor) of the XLA FFI headers that this module was built with.");
-  m.def("why_unsupported", &why_unsupported_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
-        nb::arg("groups"), nb::arg("x_dtype"), nb::arg("scale_dtype"), nb::arg("out_dtype"),
-        nb::arg("portable"),
-        "\"\" or one sentence that says why no kernel covers these sizes and dtypes on this machine's GPUs.");
-  m.def("handler_runs", [] { return handler_runs.load(); },
-        "How often XLA ran the FFI handler in this process; replays of a captured graph do not count.");
+  m.def(
+      "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "(major, minor) of the XLA FFI headers that this module was built with.");
+  m.def(
+      "why_unsupported", &why_unsupported_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
+      nb::arg("groups"), nb::arg("x_dtype"), nb::arg("scale_dtype"), nb::arg("out_dtype"),
+      nb::arg("portable"),
+      "\"\" or one sentence that says why no kernel covers these sizes and dtypes on this machine's GPUs.");
+  m.def(
+      "handler_runs", [] { return handler_runs.load(); },
+      "How often XLA ran the FFI handler in this process; replays of a captured graph do not count.");
   m.def("scratch_bytes", &scratch_bytes_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
         nb::arg("groups"), nb::arg("x_dtype"), nb::arg("portable"),
         "Bytes of the call's second result, which the kernels use while they run.");
