@@ -38,6 +38,8 @@ finish() {
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
 # Plain dots need not be the fastest here, and trying out all their algorithms takes most of the time.
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0"
+# The layers' tests compare with plain float32 products, which a GPU would round to TensorFloat-32.
+export JAX_DEFAULT_MATMUL_PRECISION=highest
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)
 if [ -z "$gpu" ]; then

@@ -5,6 +5,7 @@ The contract's tests feed float32 too, which CUDA leaves to dequantise-and-dot; 
 "cuda-portable".
 """
 
+import inspect
 import itertools
 
 import jax
@@ -530,7 +531,10 @@ def test_two_streams_at_once(m, mode):
     wanted = [np.asarray(jax.jit(chain(mode))(x, q)[-1]) for x, q in ((xa, qa), (xb, qb))]
 
     def on_stream(number):
-        return compute_on(f"gpu_stream:{number}")(jax.jit(lambda x, q: chain(mode)(x, q)[-1]))
+        f, stream = (lambda x, q: chain(mode)(x, q)[-1]), f"gpu_stream:{number}"
+        if "out_memory_spaces" in inspect.signature(compute_on).parameters:  # since JAX 0.11
+            return compute_on(f, compute_type=stream, out_memory_spaces=jax.memory.Space.Device)
+        return compute_on(stream)(jax.jit(f))
 
     both = jax.jit(lambda xa, qa, xb, qb: (on_stream(1)(xa, qa), on_stream(2)(xb, qb)))
     for _ in range(50):

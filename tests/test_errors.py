@@ -313,10 +313,9 @@ PACK, UNPACK, U8, U32 = _ffi.PACK_TARGET, _ffi.UNPACK_TARGET, np.uint8, np.uint3
     ],
 )  # fmt: skip
 def test_native_pack(target, operand, result, bits, message):
-    with pytest.raises(Exception, match=message):
-        jax.block_until_ready(
-            jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(*result))(operand, bits=np.int64(bits))
-        )
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(*result))
+    with pytest.raises(Exception, match=message), jax.default_device(jax.devices("cpu")[0]):
+        jax.block_until_ready(call(operand, bits=np.int64(bits)))
 
 
 # ---- Import -----------------------------------------------------------------------------------------

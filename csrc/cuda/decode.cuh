@@ -78,30 +78,36 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
 
-// What the values of a token that are not finite add to four features, from the words in memory. Slow,
-// and met only by tokens that are lost anyway: it keeps Inf and NaN what they are for plain floats.
-template <int bits, typename T, typename S, int kGroupSize, bool kHasZeros>
-__device__ __forceinline__ float4 sum_of_not_finite(const DecodeArgs& args, const XSlice& slice, int token,
-                                                    int n) {
+// What the values of a token that its digits do not hold (Math::left_out) add to four features, from the
+// words in memory. Slow and rare.
+template <typename Math, int bits, typename T, typename S, int kGroupSize, bool kHasZeros>
+__device__ __forceinline__ float4 sum_of_left_out(const DecodeArgs& args, const XSlice& slice,
+                                                  const char* x_shared, int token, int n) {
   using L = Layout<bits>;
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
   const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(slice.first_token + token) * args.k;
-  const int end = min(args.k, (slice.first_unit + slice.units) * kUnitK);
-  for (int k = slice.first_unit * kUnitK; k < end; ++k) {
-    const float v = static_cast<float>(x[k]);
-    if (fabsf(v) <= 3.4028235e38f) continue;
-    for (int j = 0; j < 4; ++j) {
-      const int feature = n + j;
-      if (feature >= args.n) continue;
-      const WordPosition at = L::locate(k % L::kBlockK, feature % L::kBlockN);
-      const int64_t block = static_cast<int64_t>(k / L::kBlockK) * args.n_blocks + feature / L::kBlockN;
-      const uint32_t word =
-          reinterpret_cast<const uint32_t*>(args.words)[block * L::kWordsPerBlock + at.word];
-      const float code = static_cast<float>(word >> at.shift & L::kCodeMask);
-      const int64_t scale_at = static_cast<int64_t>(k / kGroupSize) * args.group_stride + feature;
-      float zero = L::kZeroPoint;
-      if constexpr (kHasZeros) zero = static_cast<float>(static_cast<const S*>(args.zeros)[scale_at]);
-      sum[j] += v * (static_cast<float>(static_cast<const S*>(args.scales)[scale_at]) * (code - zero));
+  const float* powers = Math::powers_of(x_shared, slice, token);
+  for (int unit = 0; unit < slice.units; ++unit) {
+    if (powers[unit] > 0.f) continue;
+    const float down = -powers[unit];
+    const float up = 1.f / down;
+    const int begin = (slice.first_unit + unit) * kUnitK;
+    for (int k = begin; k < min(args.k, begin + kUnitK); ++k) {
+      const float v = Math::left_out(static_cast<float>(x[k]), up, down);
+      if (v == 0.f) continue;
+      for (int j = 0; j < 4; ++j) {
+        const int feature = n + j;
+        if (feature >= args.n) continue;
+        const WordPosition at = L::locate(k % L::kBlockK, feature % L::kBlockN);
+        const int64_t block = static_cast<int64_t>(k / L::kBlockK) * args.n_blocks + feature / L::kBlockN;
+        const uint32_t word =
+            reinterpret_cast<const uint32_t*>(args.words)[block * L::kWordsPerBlock + at.word];
+        const float code = static_cast<float>(word >> at.shift & L::kCodeMask);
+        const int64_t scale_at = static_cast<int64_t>(k / kGroupSize) * args.group_stride + feature;
+        float zero = L::kZeroPoint;
+        if constexpr (kHasZeros) zero = static_cast<float>(static_cast<const S*>(args.zeros)[scale_at]);
+        sum[j] += v * (static_cast<float>(static_cast<const S*>(args.scales)[scale_at]) * (code - zero));
+      }
     }
   }
   return make_float4(sum[0], sum[1], sum[2], sum[3]);
@@ -283,7 +289,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
                 partial_of(first, slot) + token * Smem::kPartialStride + quad % kQuads * 4, first,
                 owner(line, (j + 1) * rank_units - 1) + 1};
   };
-  bool lost = false;  // some value of this block's x is Inf or NaN and was left out
+  bool leaves_out = false;  // some value of this block's x is not entirely in its digits
   auto sum_over_warps = [&](int block, const Item& item) {
     const int line = blocks_from(block) * rank_units;
     const int offset = item.sum - partial_of(item.warp, 0);
@@ -293,9 +299,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
       const float* from = partial_of(w, 0) + offset % Smem::kPartialFloats;  // its first n-block
       sum = sum + *reinterpret_cast<const float4*>(from);
     }
-    if (lost) {
-      sum =
-          sum + sum_of_not_finite<bits, T, S, kGroupSize, kHasZeros>(args, slice, item.token, item.feature);
+    if constexpr (Math::kLeavesOut) {
+      if (leaves_out) {
+        sum = sum + sum_of_left_out<Math, bits, T, S, kGroupSize, kHasZeros>(args, slice, x_shared,
+                                                                             item.token, item.feature);
+      }
     }
     return sum;
   };
@@ -355,11 +363,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
   if constexpr (Math::kStagesByCopy) {
     wait_for_copies<kStages - 1>();
   } else {
-    Math::stage(x_shared, slice);
+    leaves_out = Math::stage(x_shared, slice);
   }
-  __syncthreads();
+  leaves_out = __syncthreads_or(leaves_out);
   Math::stage_sums(x_shared, slice);
-  lost = Math::any_not_finite(x_shared, slice);
 
   for (int block = first_block; block < end_block; block += args.n_blocks_at_once) {
     const int line = blocks_from(block) * rank_units;

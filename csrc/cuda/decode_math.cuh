@@ -8,11 +8,11 @@
 //               instructions, but a token takes four of the eight columns of an mma: for one to four
 //               tokens.
 //
-// The digits lose nothing that matters: a token's 128 values are scaled by one power of two so that the
-// largest fills 30 bits, rounded there once, and from then on a group's sum is integer arithmetic,
-// exact. A float16 value down to 2^-19 of the largest is represented exactly; the rest is rounded at
-// 2^-30 of it, where summing in float32 would round at 2^-24 of the sum. (Slicing a float into integer
-// digits for exact matrix products is Ozaki's scheme, doi:10.1007/s11075-011-9478-1.)
+// The digits lose nothing: a token's 128 values are scaled by one power of two so that the largest fills
+// 30 bits and rounded there; from then on a group's sum is integer arithmetic, exact. A float16 value
+// down to 2^-19 of the largest is in its digits entirely; what is left of smaller ones (and Inf, and NaN) is
+// added at the end in float32. (Slicing a float into integer digits for exact matrix products is Ozaki's
+// scheme, doi:10.1007/s11075-011-9478-1.)
 #pragma once
 
 #include "../problem.h"
@@ -21,7 +21,8 @@
 
 namespace jax_trirun::cuda {
 
-inline constexpr int kUnitK = 128;     // of K a warp takes from its ring at a time
+inline constexpr int kUnitK = 128;  // of K a warp takes from its ring at a time
+inline constexpr float kLargestFloat = 3.4028235e38f;
 inline constexpr int kMmaColumns = 8;  // tokens, or digits of tokens, in one mma
 
 // Splits a zero point: the codes take a 16-bit part that keeps c - z exact, `rest` is what the float32
@@ -129,7 +130,7 @@ struct FloatMath {
     }
   }
 
-  static __device__ bool any_not_finite(const char*, const XSlice&) { return false; }
+  static constexpr bool kLeavesOut = false;  // every value of x meets the words as it is
 
   const char* shared;
   const XSlice slice;
@@ -295,21 +296,29 @@ struct SliceMath {
   static __host__ __device__ int powers_offset(int rows, int units) {
     return sums_offset(rows, units) + units * kGroups * kStartsPerGroup * 16;
   }
-  static __host__ __device__ int flags_offset(int rows, int units) {
-    return powers_offset(rows, units) + kTokens * units * 4;
-  }
   static __host__ __device__ int bytes(int rows, int units) {
-    return (flags_offset(rows, units) + kTokens * 4 + 127) / 128 * 128;
+    return (powers_offset(rows, units) + kTokens * units * 4 + 127) / 128 * 128;
   }
 
-  static __device__ void stage(char* shared, const XSlice& slice) {
+  // Values that the digits do not hold entirely, because they are Inf or NaN, or more than 2^30 times smaller
+  // than the largest of their unit and not round: the kernel adds what is left of them at the end, one by
+  // one. The sign of a unit's power of two says that it has some.
+  static constexpr bool kLeavesOut = true;
+  static __device__ __forceinline__ float left_out(float v, float up, float down) {
+    return fabsf(v) <= kLargestFloat ? v - rintf(v * up) * down : v;
+  }
+  static __device__ const float* powers_of(const char* shared, const XSlice& slice, int token) {
+    return reinterpret_cast<const float*>(shared + powers_offset(slice.rows, slice.stored_units)) +
+           token * slice.stored_units;
+  }
+
+  // Returns whether this thread met a value that is not entirely in the digits.
+  static __device__ bool stage(char* shared, const XSlice& slice) {
     const int lane = threadIdx.x % 32;
     const int warps = blockDim.x / 32;
     const int row_bytes = stride(slice.stored_units);
-    int* flags = reinterpret_cast<int*>(shared + flags_offset(slice.rows, slice.stored_units));
+    bool leaves_out = false;
     write_zeros<kZeroBytes>(shared + slice.rows * kDigits * row_bytes);
-    if (threadIdx.x < kTokens) flags[threadIdx.x] = 0;
-    __syncthreads();
     // A warp takes four units of a token at a time; eight lanes share a unit, 16 of K each.
     const int fours = (slice.units + 3) / 4;
     for (int task = threadIdx.x / 32; task < slice.rows * fours; task += warps) {
@@ -321,8 +330,9 @@ struct SliceMath {
       float v[16];
       load_8(v, from + k, unit < slice.units && k < slice.k);
       load_8(v + 8, from + k + 8, unit < slice.units && k + 8 < slice.k);
-      stage_chunk(shared, slice, token, unit, v);
+      leaves_out |= stage_chunk(shared, slice, token, unit, v);
     }
+    return leaves_out;
   }
   static __device__ void stage_sums(char*, const XSlice&) {}
 
@@ -337,17 +347,17 @@ struct SliceMath {
   }
 
   // 16 of K of one token; the eight lanes of a unit come here together.
-  static __device__ __forceinline__ void stage_chunk(char* shared, const XSlice& slice, int token, int unit,
+  static __device__ __forceinline__ bool stage_chunk(char* shared, const XSlice& slice, int token, int unit,
                                                      float (&v)[16]) {
     const int lane = threadIdx.x % 32;
     const int row_bytes = stride(slice.stored_units);
     float* powers = reinterpret_cast<float*>(shared + powers_offset(slice.rows, slice.stored_units));
     int* starts = reinterpret_cast<int*>(shared + sums_offset(slice.rows, slice.stored_units));
-    int* flags = reinterpret_cast<int*>(shared + flags_offset(slice.rows, slice.stored_units));
     float largest = 0.f;
+    bool leaves_out = false;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      if (!(fabsf(v[j]) <= 3.4028235e38f)) v[j] = 0.f, flags[token] = 1;
+      if (!(fabsf(v[j]) <= kLargestFloat)) v[j] = 0.f, leaves_out = true;
       largest = fmaxf(largest, fabsf(v[j]));
     }
 #pragma unroll
@@ -367,7 +377,9 @@ struct SliceMath {
       for (int j = 0; j < 4; ++j) {
         // Balanced digits: adding 128 to each of the lower three makes bytes of them.
         const float scaled = v[2 * t + j / 2 + 8 * (j % 2)] * up;
-        fixed[j] = (static_cast<uint32_t>(__float2int_rn(scaled)) + 0x00808080u) ^ 0x00808080u;
+        const int whole = __float2int_rn(scaled);
+        leaves_out |= __int2float_rn(whole) != scaled;
+        fixed[j] = (static_cast<uint32_t>(whole) + 0x00808080u) ^ 0x00808080u;
       }
       const uint32_t low01 = __byte_perm(fixed[0], fixed[1], 0x5140);   // digits 0, 0', 1, 1'
       const uint32_t high01 = __byte_perm(fixed[0], fixed[1], 0x7362);  // digits 2, 2', 3, 3'
@@ -387,8 +399,9 @@ struct SliceMath {
       for (int step = 1; step < kLanesPerGroup; step *= 2)
         sum[d] += __shfl_xor_sync(0xffffffffu, sum[d], step);
     }
-    if (unit >= slice.units) return;
-    if (lane % 8 == 0) powers[token * slice.stored_units + unit] = down;
+    const bool unit_leaves_out = __ballot_sync(0xffffffffu, leaves_out) >> (lane / 8 * 8) & 0xffu;
+    if (unit >= slice.units) return false;
+    if (lane % 8 == 0) powers[token * slice.stored_units + unit] = unit_leaves_out ? -down : down;
 #pragma unroll
     for (int d = 0; d < kDigits; ++d) {
       char* const to = shared + (token * kDigits + d) * row_bytes + unit * kUnitK + lane % 8 * 16;
@@ -403,13 +416,7 @@ struct SliceMath {
         start[2] = -sum[d] * kOddFactor;
       }
     }
-  }
-
-  static __device__ bool any_not_finite(const char* shared, const XSlice& slice) {
-    const int* flags = reinterpret_cast<const int*>(shared + flags_offset(slice.rows, slice.stored_units));
-    bool any = false;
-    for (int token = 0; token < slice.rows; ++token) any |= flags[token] != 0;
-    return any;
+    return leaves_out;
   }
 
   const char* shared;
@@ -501,7 +508,7 @@ struct SliceMath {
 #pragma unroll
     for (int m = 0; m < kColumnTiles; ++m) {
       const uint32_t power = load_shared_4(power_at + m * kTokensPerTile * slice.stored_units * 4);
-      const float value = __uint_as_float(power) * digit_value;
+      const float value = fabsf(__uint_as_float(power)) * digit_value;
       const float values[2] = {value, value * (1.f / kOddFactor)};
 #pragma unroll
       for (int i = 0; i < L::kTiles; ++i) {

@@ -33,23 +33,34 @@ std::string why_misaligned(const MatmulArgs& args) {
   return "";
 }
 
-// Shared memory of one thread block apart from its slice of x, and of a unit of K of that slice, for the
-// kernels that need no cluster: what the split of K, and with it the scratch, follows from on all GPUs.
-int portable_bytes(DecodeKernel kernel, int rows, int units) {
-  // The largest of the instances: float32 scales and zeros in groups of 32.
-  if (shape_of(kernel).tokens == 8) {
-    using Math = FloatMath<2, __half, float, 1, 32, true>;
-    return DecodeSmem<Math, 2, 8, 4, true, 4>::total_bytes(rows, units);
+// Shared memory of a thread block of a kernel that needs no cluster, for the largest of its instances with
+// this group size: float32 scales, and zeros. The split of K, and with it the scratch, follows from it
+// on every GPU.
+template <DecodeKernel kernel, int kGroupSize>
+int portable_bytes(int rows, int units) {
+  constexpr DecodeShape kShape = shape_of(kernel);
+  using Math = FloatMath<2, __half, float, kShape.tokens / kMmaColumns, kGroupSize, true>;
+  return DecodeSmem<Math, 2, kShape.warps, kShape.stages, true, 4>::total_bytes(rows, units);
+}
+
+template <DecodeKernel kernel>
+int portable_bytes(const Problem& problem, int rows, int units) {
+  switch (problem.groups == 1 ? kUnitK : problem.group_size()) {
+    case 32: return portable_bytes<kernel, 32>(rows, units);
+    case 64: return portable_bytes<kernel, 64>(rows, units);
+    default: return portable_bytes<kernel, 128>(rows, units);
   }
-  using Math = FloatMath<2, __half, float, 2, 32, true>;
-  return DecodeSmem<Math, 2, 8, 4, true, 4>::total_bytes(rows, units);
 }
 
 // The most parts that any device and any types split K into.
 int portable_parts(const Problem& problem) {
   const DecodeKernel kernel = choose_decode_kernel(problem, 1, /*portable=*/true);
   const int rows = static_cast<int>(std::min<int64_t>(problem.m, shape_of(kernel).tokens));
-  const auto bytes_of = [&](int units) { return portable_bytes(kernel, rows, units); };
+  const auto bytes_of = [&](int units) {
+    return kernel == DecodeKernel::kFloat1Portable
+               ? portable_bytes<DecodeKernel::kFloat1Portable>(problem, rows, units)
+               : portable_bytes<DecodeKernel::kFloat2Portable>(problem, rows, units);
+  };
   return plan_decode(problem, kernel, 1, kSmallestSharedMemory, bytes_of).ranks;
 }
 

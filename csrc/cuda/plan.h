@@ -32,8 +32,8 @@ constexpr DecodeShape shape_of(DecodeKernel kernel) {
     case DecodeKernel::kSlices2: return {4, 16, 4, true};
     case DecodeKernel::kFloat1: return {8, 16, 3, true};
     case DecodeKernel::kFloat2: return {16, 12, 3, true};
-    case DecodeKernel::kFloat1Portable: return {8, 8, 4, false};
-    case DecodeKernel::kFloat2Portable: return {16, 8, 4, false};
+    case DecodeKernel::kFloat1Portable: return {8, 8, 3, false};
+    case DecodeKernel::kFloat2Portable: return {16, 4, 3, false};
   }
   return {};
 }
