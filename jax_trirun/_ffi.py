@@ -139,7 +139,7 @@ def platform_error(name: str | None, platform: str) -> str:
 
 def default_platform() -> str:
     """The platform that JAX compiles for unless told otherwise, as lowering rules name it."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = getattr(jax.config, "jax_default_device", None)
     platform = getattr(device, "platform", None) or jax.default_backend()
     if platform == "gpu":
         platform = "rocm" if "rocm" in jax.devices()[0].client.platform_version else "cuda"

@@ -11,10 +11,10 @@
 // So all warps finish together, whatever N and K are, and a warp meets at most two n-blocks: it leaves a
 // partial sum for each, and the block adds the pieces up once at the end.
 //
-// x stays in shared memory: a block copies its K slice once and meets it again in every tile. Words
+// x stays in shared memory: a block brings its K slice once and meets it again in every n-block. Words
 // and scales come through a ring that belongs to one warp alone (cp.async, no block-wide barrier), so
-// warps drift apart and loads of the next tile are in flight while this one is reduced. The packed
-// words are the A operand (rows are output features, columns k), tokens are B's columns.
+// warps drift apart. The packed words are the A operand (rows are output features, columns k), tokens
+// are B's columns.
 //
 // Without clusters (before sm_90) the thread blocks that share an n-block write one part of the result
 // each, in float32, and add_parts adds them up.
