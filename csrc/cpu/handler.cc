@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "../ffi_checks.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -77,45 +78,6 @@ ParallelFor on_pool(ffi::ThreadPool& pool) {
     work->take_tasks();
     work->wait();
   };
-}
-
-// ---- Checks -------------------------------------------------------------------------------------
-
-std::string shape_of(ffi::AnyBuffer::Dimensions dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
-bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> want) {
-  const auto dims = buffer.dimensions();
-  return dims.size() == want.size() && std::equal(want.begin(), want.end(), dims.begin());
-}
-
-std::string of_shape(std::initializer_list<int64_t> want) {
-  return shape_of(ffi::AnyBuffer::Dimensions(want.begin(), want.size()));
-}
-
-std::optional<DType> float_type(const ffi::AnyBuffer& buffer) {
-  switch (buffer.element_type()) {
-    case ffi::DataType::F32: return DType::kF32;
-    case ffi::DataType::F16: return DType::kF16;
-    case ffi::DataType::BF16: return DType::kBF16;
-    default: return std::nullopt;
-  }
-}
-
-// "" or what is wrong with a floating-point operand.
-std::string operand_error(const char* name, const ffi::AnyBuffer& buffer,
-                          std::initializer_list<int64_t> want) {
-  if (!float_type(buffer)) {
-    return std::string("matmul: ") + name + " must be float32, float16 or bfloat16";
-  }
-  if (!has_shape(buffer, want)) {
-    return std::string("matmul: ") + name + " must have shape " + of_shape(want) + ", got " +
-           shape_of(buffer.dimensions());
-  }
-  return "";
 }
 
 // ---- matmul -------------------------------------------------------------------------------------
