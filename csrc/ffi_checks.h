@@ -51,4 +51,47 @@ inline std::string operand_error(const char* name, const ffi::AnyBuffer& buffer,
   return "";
 }
 
+// Checks a matmul's buffers against each other and fills in the sizes, pointers and types that both back
+// ends' MatmulArgs have. "" or what is wrong. `zeros` [0, N] stands for none.
+template <typename Args>
+std::string read_matmul(Args& args, ffi::AnyBuffer x, ffi::AnyBuffer words, ffi::AnyBuffer scales,
+                        ffi::AnyBuffer zeros, ffi::AnyBuffer y) {
+  if (x.dimensions().size() != 2 || scales.dimensions().size() != 2) {
+    return "matmul: x must be [M, K] and scales [groups, N], got " + shape_of(x.dimensions()) + " and " +
+           shape_of(scales.dimensions());
+  }
+  args.problem.m = x.dimensions()[0];
+  args.problem.k = x.dimensions()[1];
+  args.problem.groups = scales.dimensions()[0];
+  args.problem.n = scales.dimensions()[1];
+  const Problem& p = args.problem;
+  if (std::string e = p.error(); !e.empty()) return e;
+  if (words.element_type() != ffi::DataType::U32 ||
+      !has_shape(words, {p.k_blocks<2>(), p.n_blocks<2>(), Layout<2>::kWordsPerBlock})) {
+    return "matmul: words must be uint32 " +
+           of_shape({p.k_blocks<2>(), p.n_blocks<2>(), Layout<2>::kWordsPerBlock}) + ", got " +
+           shape_of(words.dimensions());
+  }
+  const bool has_zeros = !has_shape(zeros, {0, p.n}) || p.groups == 0;
+  for (const std::string& e :
+       {operand_error("x", x, {p.m, p.k}), operand_error("scales", scales, {p.groups, p.n}),
+        operand_error("zeros", zeros, {has_zeros ? p.groups : 0, p.n}),
+        operand_error("y", y, {p.m, p.n})}) {
+    if (!e.empty()) return e;
+  }
+  args.x = x.untyped_data();
+  args.x_type = *float_type(x);
+  args.words = static_cast<const uint32_t*>(words.untyped_data());
+  args.scales = scales.untyped_data();
+  args.scale_type = *float_type(scales);
+  args.zeros = has_zeros ? zeros.untyped_data() : nullptr;
+  args.y = y.untyped_data();
+  args.y_type = *float_type(y);
+  if (args.y_type != args.x_type && args.y_type != DType::kF32) {
+    return std::string("matmul: y must be float32 or x's type, which is ") + name_of(args.x_type) +
+           ", got " + name_of(args.y_type);
+  }
+  return "";
+}
+
 }  // namespace jax_trirun

@@ -48,47 +48,19 @@ ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer wor
                        ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y,
                        ffi::Result<ffi::AnyBuffer> scratch, int64_t portable) {
   handler_runs.fetch_add(1, std::memory_order_relaxed);
-  if (x.dimensions().size() != 2 || scales.dimensions().size() != 2) {
-    return ffi::Error::InvalidArgument("matmul: x must be [M, K] and scales [groups, N], got " +
-                                       shape_of(x.dimensions()) + " and " + shape_of(scales.dimensions()));
-  }
   MatmulArgs args;
-  args.problem.m = x.dimensions()[0];
-  args.problem.k = x.dimensions()[1];
-  args.problem.groups = scales.dimensions()[0];
-  args.problem.n = scales.dimensions()[1];
-  const Problem& p = args.problem;
-  if (std::string e = p.error(); !e.empty()) return ffi::Error::InvalidArgument(e);
-  if (words.element_type() != ffi::DataType::U32 ||
-      !has_shape(words, {p.k_blocks<2>(), p.n_blocks<2>(), Layout<2>::kWordsPerBlock})) {
-    return ffi::Error::InvalidArgument(
-        "matmul: words must be uint32 " +
-        of_shape({p.k_blocks<2>(), p.n_blocks<2>(), Layout<2>::kWordsPerBlock}) + ", got " +
-        shape_of(words.dimensions()));
+  if (std::string e = read_matmul(args, x, words, scales, zeros, *y); !e.empty()) {
+    return ffi::Error::InvalidArgument(e);
   }
-  const bool has_zeros = !has_shape(zeros, {0, p.n}) || p.groups == 0;
+  const Problem& p = args.problem;
   for (const std::string& e :
-       {operand_error("x", x, {p.m, p.k}), operand_error("scales", scales, {p.groups, p.n}),
-        operand_error("zeros", zeros, {has_zeros ? p.groups : 0, p.n}), operand_error("y", *y, {p.m, p.n}),
-        alignment_error("x", x), alignment_error("words", words), alignment_error("scales", scales),
+       {alignment_error("x", x), alignment_error("words", words), alignment_error("scales", scales),
         alignment_error("zeros", zeros), alignment_error("y", *y), alignment_error("scratch", *scratch)}) {
     if (!e.empty()) return ffi::Error::InvalidArgument(e);
   }
-  args.x = x.untyped_data();
-  args.x_type = *float_type(x);
-  args.words = static_cast<const uint32_t*>(words.untyped_data());
-  args.scales = scales.untyped_data();
-  args.scale_type = *float_type(scales);
-  args.zeros = has_zeros ? zeros.untyped_data() : nullptr;
-  if (has_zeros && float_type(zeros) != args.scale_type) {
+  if (args.zeros != nullptr && float_type(zeros) != args.scale_type) {
     return ffi::Error::InvalidArgument(std::string("matmul: zeros must be of the scales' type ") +
                                        name_of(args.scale_type) + ", got " + name_of(*float_type(zeros)));
-  }
-  args.y = y->untyped_data();
-  args.y_type = *float_type(*y);
-  if (args.y_type != args.x_type && args.y_type != DType::kF32) {
-    return ffi::Error::InvalidArgument(std::string("matmul: y must be float32 or x's type, which is ") +
-                                       name_of(args.x_type) + ", got " + name_of(args.y_type));
   }
   args.portable = portable != 0;
   args.scratch = scratch->untyped_data();

@@ -129,16 +129,6 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.wait.acquire.aligned;\n" :: : "memory"));
 }
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t r = 0;
-  JAX_TRIRUN_FROM_SM_90(asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(r)));
-  return r;
-}
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t r = 1;
-  JAX_TRIRUN_FROM_SM_90(asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(r)));
-  return r;
-}
 // [mapa, ld.shared::cluster] Four floats at the same shared address in another block of the cluster.
 __device__ __forceinline__ float4 load_remote(uint32_t address, uint32_t rank) {
   float4 v = {};
