@@ -61,3 +61,18 @@ def _on_the_backends_platform(request):
             yield
     else:
         yield
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The GGUF file of the real model."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from jax_trirun.checkpoints import CheckpointError, gguf
+    from jax_trirun.checkpoints import smollm2 as source
+
+    try:
+        return gguf.read(source.fetch())
+    except CheckpointError as error:
+        if "could not download" not in str(error):
+            raise
+        pytest.skip(f"SmolLM2 cannot be had: {error}")

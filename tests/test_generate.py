@@ -246,19 +246,6 @@ def test_traceback_shows_where(small_model):
 # The real model
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    from jax_trirun.checkpoints import CheckpointError, gguf
-    from jax_trirun.checkpoints import smollm2 as source
-
-    try:
-        return gguf.read(source.fetch())
-    except CheckpointError as error:
-        if "could not download" not in str(error):
-            raise
-        pytest.skip(f"SmolLM2 cannot be had: {error}")
-
-
 def test_the_real_tokenizer(smollm2):
     from jax_trirun.checkpoints.tokenizer import Tokenizer
 

@@ -131,21 +131,6 @@ def test_logits_are_those_of_the_float64_equations(changes):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """The GGUF file of the real model."""
-    pytest.importorskip("gguf", reason="the package gguf is not installed")
-    from jax_trirun.checkpoints import CheckpointError, gguf
-    from jax_trirun.checkpoints import smollm2 as source
-
-    try:
-        return gguf.read(source.fetch())
-    except CheckpointError as error:
-        if "could not download" not in str(error):
-            raise
-        pytest.skip(f"SmolLM2 cannot be had: {error}")
-
-
 def test_the_real_model_has_the_logits_of_the_float64_equations(smollm2):
     from jax_trirun.checkpoints import gguf
 
