@@ -10,6 +10,7 @@ from .errors import CheckpointError
 from .gguf import from_gguf
 from .gptq import from_gptq, gptq_order
 from .hqq import from_hqq
+from .models import open_model
 from .packed import load, save
 from .trilm import from_trilm
 from .trirun import from_trirun
@@ -25,5 +26,6 @@ __all__ = [
     "from_trirun",
     "gptq_order",
     "load",
+    "open_model",
     "save",
 ]

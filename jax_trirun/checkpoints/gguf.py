@@ -23,6 +23,7 @@ import numpy as np
 
 from ..types import QuantTensor
 from .build import floats, quant_tensor
+from .decoder import decoder_shapes
 from .errors import CheckpointError, optional_import
 
 
@@ -244,32 +245,48 @@ def halves_from_interleaved(w: np.ndarray, heads: int) -> np.ndarray:
 
 
 _BLOCK_NAMES = {
-    "attn_q": "self_attn.q_proj.kernel",
-    "attn_k": "self_attn.k_proj.kernel",
-    "attn_v": "self_attn.v_proj.kernel",
-    "attn_output": "self_attn.o_proj.kernel",
-    "ffn_gate": "mlp.gate_proj.kernel",
-    "ffn_up": "mlp.up_proj.kernel",
-    "ffn_down": "mlp.down_proj.kernel",
-    "attn_norm": "input_norm.scale",
-    "ffn_norm": "mlp_norm.scale",
+    "self_attn.q_proj.kernel": "attn_q",
+    "self_attn.k_proj.kernel": "attn_k",
+    "self_attn.v_proj.kernel": "attn_v",
+    "self_attn.o_proj.kernel": "attn_output",
+    "mlp.gate_proj.kernel": "ffn_gate",
+    "mlp.up_proj.kernel": "ffn_up",
+    "mlp.down_proj.kernel": "ffn_down",
+    "input_norm.scale": "attn_norm",
+    "mlp_norm.scale": "ffn_norm",
 }
+_OUTER_NAMES = {
+    "embed.embedding": "token_embd.weight",
+    "norm.scale": "output_norm.weight",
+    "lm_head.kernel": "output.weight",
+}
+
+
+def llama_tensor(path: str) -> str:
+    """The file's name of a decoder's weight: layers.3.mlp.up_proj.kernel is blk.3.ffn_up.weight."""
+    if path in _OUTER_NAMES:
+        return _OUTER_NAMES[path]
+    _, layer, inner = path.split(".", 2)
+    return f"blk.{layer}.{_BLOCK_NAMES[inner]}.weight"
+
+
+def llama_weight(file: File, config: Mapping[str, Any], path: str) -> np.ndarray:
+    """One weight of a `flax_layers.llama.Llama` by module path, float32, matrices [in, out]."""
+    w = file.array(llama_tensor(path))
+    if path == "embed.embedding":
+        return w.T  # [vocab, hidden], the one not turned
+    if heads := llama_heads(config, path):
+        return halves_from_interleaved(w, heads)
+    return w
+
+
+def llama_heads(config: Mapping[str, Any], path: str) -> int:
+    """How many heads' columns llama.cpp permuted in a weight; 0 for most."""
+    name = path.split(".")[-2]
+    return {"q_proj": config["num_heads"], "k_proj": config["num_kv_heads"]}.get(name, 0)
 
 
 def llama_weights(file: File) -> dict[str, np.ndarray]:
     """The weights of a `flax_layers.llama.Llama` by module path, float32, matrices [in, out]."""
     config = llama_config(file)
-    heads = {"attn_q": config["num_heads"], "attn_k": config["num_kv_heads"]}
-    weights = {
-        "embed.embedding": file.array("token_embd.weight").T,  # [vocab, hidden], the one not turned
-        "norm.scale": file.array("output_norm.weight"),
-    }
-    if not config["tie_embeddings"]:
-        weights["lm_head.kernel"] = file.array("output.weight")
-    for layer in range(config["num_layers"]):
-        for name, path in _BLOCK_NAMES.items():
-            w = file.array(f"blk.{layer}.{name}.weight")
-            if name in heads:
-                w = halves_from_interleaved(w, heads[name])
-            weights[f"layers.{layer}.{path}"] = w
-    return weights
+    return {path: llama_weight(file, config, path) for path in decoder_shapes(config)}

@@ -19,6 +19,8 @@ and a manifest, JSON under the metadata key "jax_trirun":
 with its own CRC-32 beside it, "jax_trirun_crc32". One file holds both; a model in several files is a
 directory of model-00001-of-00003.safetensors and so on, with the manifest in
 model.safetensors.index.json, whose "weight_map" says which file has which tensor.
+
+`Parts` writes such a directory a file at a time, `Packed` reads a model tensor by tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from .errors import CheckpointError
 
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
-_KEY, _CRC_KEY = "jax_trirun", "jax_trirun_crc32"
+_KEY, _CRC_KEY, _NOTES_KEY = "jax_trirun", "jax_trirun_crc32", "jax_trirun_notes"
 
 
 def save(path: str | Path, tree: Any, *, shard_bytes: int | None = None, overwrite: bool = False) -> None:
@@ -69,13 +71,7 @@ def save(path: str | Path, tree: Any, *, shard_bytes: int | None = None, overwri
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; delete it, choose another name, or pass overwrite=True")
     tensors: dict[str, Any] = {}
-    node = _flatten(tree, "", tensors)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "layout_version": LAYOUT_VERSION,
-        "tree": node,
-        "crc32": {name: _checksum(array) for name, array in tensors.items()},
-    }
+    manifest = _make_manifest(_flatten(tree, "", tensors), tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         if shard_bytes is not None:
@@ -117,6 +113,118 @@ def load(path: str | Path) -> Any:
                 f"{path}: the tensor {name!r} is damaged or was edited: its checksum is wrong"
             )
     return _unflatten(path, manifest["tree"], tensors)
+
+
+class Packed:
+    """A saved dict of arrays and QuantTensors, opened: they stay in the file until they are read.
+
+    Raises:
+      FileNotFoundError, CheckpointError: as `load`, but a tensor's checksum only when it is read.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.is_dir():
+            self._tensors, metadata = _read_shards(self.path)
+        else:
+            self._tensors, metadata = safetensors.read(self.path)
+        manifest = _manifest(self.path, metadata)
+        if "dict" not in manifest["tree"]:
+            raise CheckpointError(
+                f"{self.path}: wanted a saved dict of weights, got {next(iter(manifest['tree']))}"
+            )
+        self._crc32 = manifest["crc32"]
+        self._nodes: dict[str, Any] = {str(key): node for key, node in manifest["tree"]["dict"]}
+        self.notes: dict[str, Any] = json.loads(metadata.get(_NOTES_KEY, "{}"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._nodes)
+
+    def read(self, name: str) -> Any:
+        """One entry of the dict: a JAX array, a QuantTensor, or a tree of them. Raises CheckpointError."""
+        node = self._nodes[name]
+        for stored in _tensor_names(node):
+            if stored not in self._tensors:
+                raise CheckpointError(f"{self.path}: the tensor {stored!r} is missing")
+            if _checksum(self._tensors[stored]) != self._crc32[stored]:
+                raise CheckpointError(
+                    f"{self.path}: the tensor {stored!r} is damaged or was edited: its checksum is wrong"
+                )
+        return _unflatten(self.path, node, self._tensors)
+
+
+class Parts:
+    """A model directory written part by part, so that work that was stopped can go on.
+
+    Each part is one shard, there whole or not at all. `load` takes the directory for a model only once
+    `finish` has written its index.
+
+    Args:
+      directory: made if it does not exist.
+      count: how many parts there will be, numbered from 0.
+    """
+
+    def __init__(self, directory: str | Path, count: int):
+        self.directory, self.count = Path(directory), count
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, i: int) -> Path:
+        return self.directory / _shard_name(i, self.count)
+
+    def has(self, i: int) -> bool:
+        return self.path(i).is_file()
+
+    def write(self, i: int, part: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
+        """Writes one part, a dict of arrays and QuantTensors; notes, of JSON's types, stay beside it."""
+        tensors: dict[str, Any] = {}
+        manifest = _make_manifest(_flatten(part, "", tensors), tensors)
+        safetensors.write(self.path(i), tensors, _sealed(manifest) | {_NOTES_KEY: json.dumps(notes or {})})
+
+    def read(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(part, notes), checked as by `load`."""
+        return load(self.path(i)), Packed(self.path(i)).notes
+
+    def finish(self) -> None:
+        """Writes the index. Raises FileNotFoundError when a part is missing."""
+        nodes: list[Any] = []
+        checksums: dict[str, int] = {}
+        where: dict[str, str] = {}
+        total = 0
+        for i in range(self.count):
+            tensors, metadata = safetensors.read(self.path(i))
+            manifest = _manifest(self.path(i), metadata)
+            nodes += manifest["tree"]["dict"]
+            checksums |= manifest["crc32"]
+            where |= dict.fromkeys(tensors, self.path(i).name)
+            total += sum(array.nbytes for array in tensors.values())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "layout_version": LAYOUT_VERSION,
+            "tree": {"dict": nodes},
+            "crc32": checksums,
+        }
+        _write_index(self.directory, manifest, where, total)
+
+
+def _tensor_names(node: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors under a node of the manifest."""
+    if "array" in node:
+        return [node["array"]]
+    if "quant" in node:
+        parts = ("words", "scales", "zeros")[: 3 if node["zeros"] else 2]
+        return [f"{node['quant']}.{part}" if node["quant"] else part for part in parts]
+    children = [child for _, child in node.get("dict", ())] + node.get("list", []) + node.get("tuple", [])
+    return [name for child in children for name in _tensor_names(child)]
+
+
+def _make_manifest(tree: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "layout_version": LAYOUT_VERSION,
+        "tree": tree,
+        "crc32": {name: _checksum(array) for name, array in tensors.items()},
+    }
 
 
 def _flatten(node: Any, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -234,11 +342,20 @@ def _write_shards(
         filled += array.nbytes
     where: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = _shard_name(i - 1, len(shards))
         safetensors.write(directory / file, shard, {"format": _KEY})
         where |= dict.fromkeys(shard, file)
-    total = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": total, **_sealed(manifest)}, "weight_map": where}
+    _write_index(directory, manifest, where, sum(array.nbytes for array in tensors.values()))
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(
+    directory: Path, manifest: Mapping[str, Any], where: Mapping[str, str], total_size: int
+) -> None:
+    index = {"metadata": {"total_size": total_size, **_sealed(manifest)}, "weight_map": dict(where)}
     with safetensors.whole_file(directory / INDEX) as target:
         target.write(json.dumps(index, indent=1).encode())
 

