@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 
 import jax_trirun
 from jax_trirun import QuantTensor
@@ -177,7 +177,8 @@ def quantize_params(
     it is under ``flax_layers.linen.quantized()``.
 
     Args:
-        params: nested dicts, ``variables["params"]``; itself left as it is.
+        params: nested dicts, ``variables["params"]``; itself left as it is. A kernel in a box with axis
+            names (``nn.Partitioned``) gives words and scales in such boxes.
         include: regular expressions searched for in paths ("layers_0/mlp/up"); None means all.
         exclude: the same; they win. Embeddings, norms and heads unless given.
         stacked: the same, for modules whose kernel has leading layer axes [L, K, N] (``nn.scan``). Other
@@ -205,7 +206,7 @@ def quantize_params(
     layered = _compile("quantize_params", "stacked", stacked or ())
     plan = []
     for path, leaves in _modules(params):
-        name, kernel = "/".join(path), leaves.get("kernel")
+        name, kernel = "/".join(path), linen.unbox(leaves.get("kernel"))
         if kernel is None:
             reason = f"has {', '.join(sorted(leaves))}, but no kernel"
         elif kernel.ndim != 2 and not (kernel.ndim > 2 and _matches(layered, name)):
@@ -222,17 +223,18 @@ def quantize_params(
     for path, size in _progress(plan, progress):
         start, name = time.perf_counter(), "/".join(path)
         leaves = _descend(left, path)
-        kernel, bias = jnp.asarray(leaves.pop("kernel")), leaves.pop("bias", None)
+        boxed, bias = leaves.pop("kernel"), leaves.pop("bias", None)
+        kernel = jnp.asarray(linen.unbox(boxed))
         with _naming(name):
             weight = jax_trirun.quantize(
                 kernel, method=method, group_size=size, scale_dtype=scale_dtype, bits=bits, **options
             )
         rows.append(_row(name, kernel, weight, start))
-        _descend(quant, path).update(variables_of(weight, bias))
+        _descend(quant, path).update(variables_of(weight, bias, like=boxed))
         if donate:
             jax.block_until_ready(weight)
             kernel.delete()
-        del kernel
+        del kernel, boxed
     return _prune(left), quant, Report(rows, choose.skipped)
 
 
@@ -298,6 +300,14 @@ def _places(node: Any, path: str = "", seen: set[int] | None = None) -> Iterator
             yield _place(node, key, name)
         if not isinstance(child, nnx.Linear):
             yield from _places(child, name, seen)
+
+
+def modules_with_arrays(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """(dotted path, module) of every place that holds a module with arrays of its own; "" is the model."""
+    if _owns_params(model):
+        yield "", model
+    for place in _places(model):
+        yield place.path, place.get()
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:

@@ -1,6 +1,8 @@
 """QuantDense for Flax linen: nn.Dense with a packed, frozen weight in a collection of its own."""
 
 import contextlib
+import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,11 +11,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import default_kernel_init
+from flax.nnx.nn.lora import default_a_initializer, default_b_initializer
 
 import jax_trirun
 from jax_trirun import QuantTensor
+from jax_trirun.layout import zero_point
+
+from .partitioning import names_of_parts
 
 COLLECTION = "quant"
+LORA_COLLECTION = "lora"
 
 
 class QuantDense(nn.Module):
@@ -21,6 +28,12 @@ class QuantDense(nn.Module):
 
     words, scales, zeros (when asked for) and bias live in the collection "quant", outside "params", so
     that optimisers never see them. ``nn.scan`` and ``nn.vmap`` need ``variable_axes={"quant": 0}``.
+
+    With ``lora_rank`` a trainable term is added, ``lora_alpha / lora_rank * (x @ lora_a) @ lora_b``; its
+    two float arrays live in the collection "lora", and ``init`` makes lora_b zero.
+
+    Axis names that ``kernel_init`` gives the kernel (``nn.with_partitioning``,
+    ``nn.with_logical_partitioning``) become those of the arrays; partitioning.py says how.
 
     Example:
         >>> layer, quant = QuantDense.from_dense(dense, params, group_size=64)
@@ -34,6 +47,8 @@ class QuantDense(nn.Module):
         bits: 2 or 4.
         zeros: whether W = scales * (codes - zeros) has zeros of its own; ``init`` sets them to the
             format's zero point.
+        lora_rank: of the trainable term; 0 means none.
+        lora_alpha: its factor times rank; lora_rank (a factor of 1) when None.
     """
 
     features: int
@@ -47,6 +62,8 @@ class QuantDense(nn.Module):
     group_size: int = 128
     bits: int = 2
     zeros: bool = False
+    lora_rank: int = 0
+    lora_alpha: float | None = None
 
     @classmethod
     def from_dense(
@@ -62,7 +79,8 @@ class QuantDense(nn.Module):
 
         Args:
             dense: the module.
-            params: its parameters, {"kernel": [..., K, N], "bias": [..., N]}.
+            params: its parameters, {"kernel": [..., K, N], "bias": [..., N]}; in boxes with axis names
+                (``nn.Partitioned``) or not, and the result likewise.
             group_size, bits, **options: as ``jax_trirun.quantize`` (method, scale_dtype, ...).
 
         Returns:
@@ -78,7 +96,8 @@ class QuantDense(nn.Module):
                 f"from_dense: params must hold this module's 'kernel', got {sorted(params)}; "
                 "pass variables['params'][...] down to the module"
             )
-        weight = jax_trirun.quantize(params["kernel"], group_size=group_size, bits=bits, **options)
+        kernel = nn.unbox(params["kernel"])
+        weight = jax_trirun.quantize(kernel, group_size=group_size, bits=bits, **options)
         same = ("features", "use_bias", "dtype", "param_dtype", "precision", "promote_dtype", "name")
         module = cls(
             **{name: getattr(dense, name) for name in same},
@@ -86,7 +105,7 @@ class QuantDense(nn.Module):
             bits=bits,
             zeros=weight.zeros is not None,
         )
-        return module, variables_of(weight, params.get("bias"))
+        return module, variables_of(weight, params.get("bias"), like=params["kernel"])
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -107,7 +126,10 @@ class QuantDense(nn.Module):
             group_size=self.group_size,
             bits=self.bits,
         )
-        return _apply(inputs, weight, arrays.get("bias"), self.dtype, self.promote_dtype)
+        y = _apply(inputs, weight, arrays.get("bias"), self.dtype, self.promote_dtype)
+        if self.lora_rank:
+            y += _lora(self, inputs, self.lora_rank, self.lora_alpha).astype(y.dtype)
+        return y
 
     def _names(self) -> list[str]:
         return ["words", "scales"] + ["zeros"] * self.zeros + ["bias"] * self.use_bias
@@ -125,20 +147,38 @@ class QuantDense(nn.Module):
             )
         key, bias_key = jax.random.split(self.make_rng("params"))
         kernel = self.kernel_init(key, (k, self.features), self.param_dtype)
-        weight = jax_trirun.quantize(kernel, group_size=self.group_size, bits=self.bits)
-        variables = variables_of(weight, self.bias_init(bias_key, (self.features,), self.param_dtype))
-        variables["zeros"] = jnp.full_like(weight.scales, 1 if self.bits == 2 else 8)
-        return variables
+        weight = jax_trirun.quantize(nn.unbox(kernel), group_size=self.group_size, bits=self.bits)
+        if self.zeros and weight.zeros is None:
+            zeros = jnp.full_like(weight.scales, zero_point(self.bits))
+            weight = dataclasses.replace(weight, zeros=zeros)
+        bias = self.bias_init(bias_key, (self.features,), self.param_dtype)
+        return variables_of(weight, bias, like=kernel)
 
 
-def variables_of(weight: QuantTensor, bias: jax.Array | None = None) -> dict[str, jax.Array]:
-    """What a QuantDense holds in the collection "quant": words, scales, and zeros and bias if there are."""
-    arrays = {"words": weight.words, "scales": weight.scales, "zeros": weight.zeros, "bias": bias}
-    return {name: jnp.asarray(array) for name, array in arrays.items() if array is not None}
+def variables_of(weight: QuantTensor, bias: Any = None, *, like: Any = None) -> dict[str, Any]:
+    """What a QuantDense holds in the collection "quant": words, scales, and zeros and bias if there are.
+
+    Args:
+        bias: an array, in a box with axis names or not, or None.
+        like: the kernel; when it is in a box (``nn.Partitioned``), words, scales and zeros get such boxes.
+    """
+    arrays = {"words": weight.words, "scales": weight.scales, "zeros": weight.zeros}
+    if isinstance(like, nn.Partitioned):
+        mesh = like.mesh if like.mesh is not None else jax.sharding.get_abstract_mesh()
+        rules = getattr(like, "rules", None) or nn.get_logical_axis_rules()
+        names = names_of_parts(like.names, weight, mesh=mesh, rules=rules)
+        arrays = {
+            name: None if array is None else like.replace(value=array, names=names[name])
+            for name, array in arrays.items()
+        }
+    variables = {**arrays, "bias": bias}
+    return {name: jax.tree.map(jnp.asarray, v) for name, v in variables.items() if v is not None}
 
 
 @contextlib.contextmanager
-def quantized(*, bits: int = 2) -> Iterator[None]:
+def quantized(
+    *, bits: int = 2, lora_rank: int = 0, lora_alpha: float | None = None, lora_where: str = ""
+) -> Iterator[None]:
     """Within this context every ``nn.Dense`` that has variables in "quant" uses them, not its kernel.
 
     So a model written with ``nn.Dense`` runs on the result of ``quantize_params`` as it is.
@@ -147,7 +187,20 @@ def quantized(*, bits: int = 2) -> Iterator[None]:
         >>> params, quant, report = flax_layers.quantize_params(params)
         >>> with flax_layers.linen.quantized():
         ...     y = model.apply({"params": params, "quant": quant}, x)
+
+    And with a trainable low-rank term, whose arrays are drawn first:
+        >>> with flax_layers.linen.quantized(lora_rank=8, lora_where="mlp"):
+        ...     variables = {"params": params, "quant": quant}
+        ...     _, new = model.apply(variables, x, mutable="lora", rngs={"lora": jax.random.key(0)})
+        ...     y = model.apply({**variables, "lora": new["lora"]}, x)
+
+    Args:
+        bits: of the codes.
+        lora_rank, lora_alpha: as QuantDense's.
+        lora_where: a regular expression searched for in paths ("layers_0/mlp/up") of quantised layers;
+            those get the term.
     """
+    where = re.compile(lora_where)
 
     def intercept(next_function, args, kwargs, context):
         module = context.module
@@ -155,9 +208,9 @@ def quantized(*, bits: int = 2) -> Iterator[None]:
             return next_function(*args, **kwargs)
         if module.scope is None or not module.has_variable(COLLECTION, "words"):
             return next_function(*args, **kwargs)
-        inputs = args[0] if args else kwargs["inputs"]
+        inputs: Any = args[0] if args else kwargs["inputs"]
         names = ("words", "scales", "zeros", "bias")
-        arrays: dict[str, Any] = {name: module.get_variable(COLLECTION, name) for name in names}
+        arrays: dict[str, Any] = {name: nn.unbox(module.get_variable(COLLECTION, name)) for name in names}
         k, groups = inputs.shape[-1], arrays["scales"].shape[-2]
         weight = QuantTensor(
             arrays["words"],
@@ -167,7 +220,10 @@ def quantized(*, bits: int = 2) -> Iterator[None]:
             group_size=-1 if groups == 1 else k // groups,
             bits=bits,
         )
-        return _apply(inputs, weight, arrays["bias"], module.dtype, module.promote_dtype)
+        y = _apply(inputs, weight, arrays["bias"], module.dtype, module.promote_dtype)
+        if lora_rank and where.search("/".join(module.path)):
+            y += _lora(module, inputs, lora_rank, lora_alpha).astype(y.dtype)
+        return y
 
     with nn.intercept_methods(intercept):
         yield
@@ -178,3 +234,28 @@ def _apply(inputs: Any, weight: QuantTensor, bias: Any, dtype: Any, promote: Any
     inputs, _, bias = promote(inputs, weight.scales, bias, dtype=dtype)
     y = jax_trirun.matmul(inputs, weight)
     return y if bias is None else y + bias
+
+
+def _lora(module: nn.Module, inputs: Any, rank: int, alpha: float | None) -> jax.Array:
+    """alpha / rank * (inputs @ lora_a) @ lora_b, of variables of ``module`` that are drawn when missing."""
+    k, n = jnp.shape(inputs)[-1], module.features
+    for name in ("lora_a", "lora_b"):
+        if not (module.has_variable(LORA_COLLECTION, name) or module.is_mutable_collection(LORA_COLLECTION)):
+            raise ValueError(
+                f"{'/'.join(module.path) or 'QuantDense'}: the collection {LORA_COLLECTION!r} has no {name}; make "
+                f'it with apply(..., mutable="{LORA_COLLECTION}", rngs={{"{LORA_COLLECTION}": key}}) and pass it on'
+            )
+    words: Any = module.get_variable(COLLECTION, "words")
+
+    def draw(initializer: Any, shape: tuple[int, int], axis: int) -> Any:
+        array = initializer(module.make_rng(LORA_COLLECTION), shape, jnp.float32)
+        if not isinstance(words, nn.Partitioned):
+            return array
+        names: list[Any] = [None, None]
+        names[axis] = words.names[axis]
+        return words.replace(value=array, names=tuple(names))
+
+    a = module.variable(LORA_COLLECTION, "lora_a", draw, default_a_initializer, (k, rank), 0).value
+    b = module.variable(LORA_COLLECTION, "lora_b", draw, default_b_initializer, (rank, n), 1).value
+    inputs, a, b = module.promote_dtype(inputs, a, b, dtype=module.dtype)
+    return (rank if alpha is None else alpha) / rank * ((inputs @ a) @ b)

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-__all__ = ["Decoder", "KVCache", "Llama", "LlamaConfig", "compile_losses", "sample"]
+__all__ = ["Decoder", "KVCache", "Llama", "LlamaConfig", "compile_losses", "sample", "token_losses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,12 +227,16 @@ class Llama(nnx.Module):
 
     Module paths: embed, layers.<i>.self_attn.{q,k,v,o}_proj, layers.<i>.mlp.{gate,up,down}_proj,
     layers.<i>.{input_norm,mlp_norm}, norm and, when the embedding is not tied, lm_head.
+
+    Set the attribute `remat` to True for training in less memory: the backward pass then computes each
+    block again, from its input, instead of keeping what is inside.
     """
 
     def __init__(self, config: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
+        self.remat = False
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **kinds)
         self.layers = nnx.List([Block(config, **kinds) for _ in range(config.num_layers)])
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_eps, use_fast_variance=False, **kinds)
@@ -281,10 +285,11 @@ class Llama(nnx.Module):
         start = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
+        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
         x, stored = self.embed(tokens), []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, kv = block(x, angles, positions, layer_cache)
+            x, kv = run(block, x, angles, positions, layer_cache)
             stored.append(kv)
         if cache is not None:
             keys, values = zip(*stored, strict=True)
@@ -314,19 +319,21 @@ def _sample_nth(logits, key, i, temperature):
     return sample(logits, jax.random.fold_in(key, i), temperature)
 
 
-def compile_losses(model: Llama) -> Callable[[Any], jax.Array]:
-    """tokens [B, T] -> -log p(token t | tokens before t) for t = 1 .. T - 1, float32 [B, T - 1].
+def token_losses(model: Llama, tokens: Any) -> jax.Array:
+    """-log p(token t | tokens before t) for t = 1 .. T - 1, float32 [B, T - 1], of tokens [B, T]."""
+    logits = model(tokens)[:, :-1]
+    right = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - right
 
-    Compiled, the weights an argument; later changes to the model are not seen.
-    """
+
+def compile_losses(model: Llama) -> Callable[[Any], jax.Array]:
+    """`token_losses` of one model, compiled, the weights an argument; later changes to it are not seen."""
     graph, state = nnx.split(model)
     weights, tree = jax.tree.flatten(state)
 
     @jax.jit
     def losses(weights, tokens):
-        logits = nnx.merge(graph, jax.tree.unflatten(tree, weights))(tokens)[:, :-1]
-        right = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - right
+        return token_losses(nnx.merge(graph, jax.tree.unflatten(tree, weights)), tokens)
 
     return lambda tokens: losses(weights, tokens)
 

@@ -13,6 +13,8 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 import jax_trirun
 from jax_trirun import QuantTensor
 
+from .partitioning import metadata_of, metadata_of_parts
+
 
 class QuantParam(nnx.Variable):
     """An array of a quantised layer: words, scales, zeros or bias.
@@ -35,6 +37,7 @@ class QuantDense(nnx.Module):
         words: uint32 [K / block_k, N / block_n, 128]; K = in_features, N = out_features.
         scales: [K / group_size, N]; zeros: the same shape, or None.
         bias: [N], or None. Layers stacked by ``nnx.vmap`` have a leading axis on each array.
+        lora: None, or a module x -> [..., N] whose result is added (``flax_layers.add_lora`` puts one there).
     """
 
     def __init__(
@@ -66,8 +69,8 @@ class QuantDense(nnx.Module):
             param_dtype: of bias and scales.
             precision: taken for the likeness; sums are float32, whatever it says.
             rngs: as ``nnx.Linear``'s; needed unless ``weight`` is given and ``bias_init`` takes no key.
-            kernel_metadata: of words, scales and zeros. A sharding (a, b) of the kernel [K, N] is one of
-                these arrays too: their leading axes are blocks and groups of K, blocks and columns of N.
+            kernel_metadata: of the kernel [K, N]; its ``out_sharding`` becomes that of words, scales and
+                zeros (partitioning.py says how). ``nnx.with_partitioning(kernel_init, ...)`` does as well.
             bias_metadata: of bias.
             group_size: rows of W that share a scale: 32, 64, 128 or -1 (one group).
             bits: 2 or 4.
@@ -84,20 +87,25 @@ class QuantDense(nnx.Module):
                     "QuantDense: rngs must be given to draw a weight; pass nnx.Rngs(0), or weight="
                 )
             kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+            if isinstance(kernel, nnx.VariableMetadata):
+                kernel_metadata = {**kernel_metadata, **kernel.metadata}
+                kernel = kernel.raw_value
             weight = jax_trirun.quantize(kernel, group_size=group_size, bits=bits)
         if weight.shape != (in_features, out_features):
             raise ValueError(
                 f"QuantDense: weight must have shape (in_features, out_features) = {(in_features, out_features)}, "
                 f"got {weight.shape}; weights are [in, out], transpose those that are [out, in]"
             )
-        self.words = QuantParam(weight.words, **kernel_metadata)
-        self.scales = QuantParam(weight.scales, **kernel_metadata)
-        self.zeros = nnx.data(None if weight.zeros is None else QuantParam(weight.zeros, **kernel_metadata))
+        metadata = metadata_of_parts(kernel_metadata, weight)
+        self.words = QuantParam(weight.words, **metadata["words"])
+        self.scales = QuantParam(weight.scales, **metadata["scales"])
+        self.zeros = nnx.data(None if weight.zeros is None else QuantParam(weight.zeros, **metadata["zeros"]))
         bias = None
         if use_bias:
             key = rngs.params() if rngs is not None else None
             bias = QuantParam(bias_init(key, (out_features,), param_dtype), **bias_metadata)
         self.bias = nnx.data(bias)
+        self.lora: nnx.Module | None = nnx.data(None)
 
         self.in_features = in_features
         self.out_features = out_features
@@ -118,7 +126,7 @@ class QuantDense(nnx.Module):
         """Quantise an ``nnx.Linear``; layers stacked along leading axes stay stacked.
 
         Args:
-            linear: is left as it is.
+            linear: is left as it is. Metadata of its kernel and bias, shardings first of all, carry over.
             group_size, bits, **options: as ``jax_trirun.quantize`` (method, scale_dtype, ...).
 
         Raises:
@@ -136,6 +144,8 @@ class QuantDense(nnx.Module):
             precision=linear.precision,
             promote_dtype=linear.promote_dtype,
             preferred_element_type=linear.preferred_element_type,
+            kernel_metadata=metadata_of(linear.kernel),
+            bias_metadata=metadata_of(linear.bias),
         )
 
     @classmethod
@@ -167,10 +177,12 @@ class QuantDense(nnx.Module):
         """
         bias = None if self.bias is None else self.bias[...]
         # Scales take part in the promotion, as the kernel would, but are never rounded by it.
-        inputs, _, bias = self.promote_dtype((inputs, self.scales[...], bias), dtype=self.dtype)
+        promoted, _, bias = self.promote_dtype((inputs, self.scales[...], bias), dtype=self.dtype)
         y = jax_trirun.matmul(
-            inputs, self.weight, out_dtype=self.preferred_element_type, backend=self.backend
+            promoted, self.weight, out_dtype=self.preferred_element_type, backend=self.backend
         )
         if bias is not None:
             y += bias
+        if self.lora is not None:
+            y += self.lora(inputs).astype(y.dtype)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
