@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import evaluate, generate, info
+from .commands import evaluate, generate, info, quantize
 
-COMMANDS = {"info": info, "generate": generate, "eval": evaluate}
+COMMANDS = {"info": info, "quantize": quantize, "generate": generate, "eval": evaluate}
 
 
 def make_parser() -> argparse.ArgumentParser:

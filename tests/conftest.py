@@ -4,11 +4,13 @@ Every test that takes ``backend`` runs once for "reference" and for each back en
 has a device; those on a GPU carry the marker ``gpu``.
 """
 
+import json
 import os
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -61,6 +63,66 @@ def _on_the_backends_platform(request):
             yield
     else:
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Write a random float decoder as Hugging Face does, its vocabulary the bytes: directory, weights [out, in]."""
+
+    def write(*, layers=2, hidden=64, mlp=128, tied=True, dtype=np.float32, seed=0, quantization=None):
+        from safetensors.numpy import save_file
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        path = tmp_path_factory.mktemp("tiny")
+        vocabulary = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        bpe.save(str(path / "tokenizer.json"))
+        config = {
+            "model_type": "llama",
+            "vocab_size": len(vocabulary),
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": tied,
+        }
+        (path / "config.json").write_text(
+            json.dumps(config | ({"quantization_config": quantization} if quantization else {}))
+        )
+        rng = np.random.default_rng(seed)
+        shapes = {"model.embed_tokens": (len(vocabulary), hidden), "model.norm": (hidden,)}
+        if not tied:
+            shapes["lm_head"] = (len(vocabulary), hidden)
+        for i in range(layers):
+            block = {
+                "input_layernorm": (hidden,),
+                "post_attention_layernorm": (hidden,),
+                "self_attn.q_proj": (hidden, hidden),
+                "self_attn.k_proj": (hidden // 2, hidden),
+                "self_attn.v_proj": (hidden // 2, hidden),
+                "self_attn.o_proj": (hidden, hidden),
+                "mlp.gate_proj": (mlp, hidden),
+                "mlp.up_proj": (mlp, hidden),
+                "mlp.down_proj": (hidden, mlp),
+            }
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+        weights = {
+            f"{name}.weight": (
+                rng.standard_normal(shape) / np.sqrt(shape[-1]) * 2 + (len(shape) == 1)
+            ).astype(dtype)
+            for name, shape in shapes.items()
+        }
+        save_file(weights, str(path / "model.safetensors"))
+        return path, weights
+
+    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    pytest.importorskip("safetensors", reason="the package safetensors is not installed")
+    return write
 
 
 @pytest.fixture(scope="module")

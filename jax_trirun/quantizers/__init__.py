@@ -123,10 +123,10 @@ def gptq(
         >>> hessian = add_to_hessian(jnp.zeros((K, K)), x)
         >>> qw = gptq(w, hessian, group_size=64)
     """
-    solution, scale_checked = _solve_checked(
+    return gptq_and_damping(
         w,
         hessian,
-        damping,
+        damping=damping,
         group_size=group_size,
         scale_dtype=scale_dtype,
         bits=bits,
@@ -136,13 +136,19 @@ def gptq(
         signed=signed,
         candidates=candidates,
         refine=refine,
-    )
-    check_scales("gptq", scale_checked, solution.scales)
-    return as_quant_tensor(solution.codes, solution.scales, None, group_size=group_size, bits=bits)
+    )[0]
+
+
+def gptq_and_damping(w: Any, hessian: Any, **options: Any) -> tuple[QuantTensor, jax.Array]:
+    """What ``gptq`` returns, and the damping that was needed, a float32 scalar. Options: all of gptq's."""
+    solution, w = _solve_checked(w, hessian, **options)
+    check_scales("gptq", w, solution.scales)
+    layout = {name: options[name] for name in ("group_size", "bits")}
+    return as_quant_tensor(solution.codes, solution.scales, None, **layout), solution.damping
 
 
 def _solve_checked(
-    w: Any, hessian: Any, damping: float, *, scale_dtype: Any, **options: Any
+    w: Any, hessian: Any, *, damping: float, scale_dtype: Any, **options: Any
 ) -> tuple[Solution, jax.Array]:
     w, hessian = as_weight("gptq", w), as_weight("gptq", hessian, "hessian")
     group_size, block = options["group_size"], options["block_size"]
