@@ -18,11 +18,19 @@ Shapes: B sequences, T new tokens, S slots of the cache, H heads, D = head_dim.
     decoder = Decoder(model, max_length=512)      # compiled prefill and decode step
     logits, cache = decoder.prefill(tokens)       # [B, vocab], of the last token
     logits, cache = decoder.step(next_token, cache)
+
+On several devices, every array cut along the axes of a mesh (`SHARDING_RULES` says which along which):
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    model = Llama.from_weights(config, weights, mesh=mesh)    # each device is given its slices only
+    flax_layers.quantize_module(model)                        # words and scales lie as the kernels did
+    decoder = Decoder(model, max_length=512, batch=8)         # and so does the cache
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +39,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-__all__ = ["Decoder", "KVCache", "Llama", "LlamaConfig", "compile_losses", "sample", "token_losses"]
+from .partitioning import MeshRules, place, sharding_of
+
+__all__ = [
+    "SHARDING_RULES",
+    "Decoder",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "compile_losses",
+    "sample",
+    "token_losses",
+]
+
+# Names of array axes -> mesh axes. Attention and MLP are cut by columns, then by rows: q, k, v, gate and up
+# lie "tensor" along N, o and down along K, with one all-reduce after each of these two.
+SHARDING_RULES = (
+    ("batch", "data"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", None),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +141,20 @@ class KVCache:
     lengths: jax.Array
 
     @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
+    def empty(
+        cls, config: LlamaConfig, batch: int, slots: int, dtype=jnp.float32, rules: MeshRules | None = None
+    ) -> KVCache:
+        """Nothing stored yet; on the mesh of `rules`, by sequences and heads, when given."""
+        rules = rules or MeshRules()
         shape = (batch, slots, config.num_kv_heads, config.head_dim)
-        layers = range(config.num_layers)
-        return cls(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            values=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            lengths=jnp.zeros((batch,), jnp.int32),
-        )
+        rows = "batch" if batch % rules.shards("batch") == 0 else None
+        device = rules.sharding(rows, None, "kv_heads", None)
+
+        def zeros():
+            return tuple(jnp.zeros(shape, dtype, device=device) for _ in range(config.num_layers))
+
+        lengths = jnp.zeros((batch,), jnp.int32, device=rules.sharding(rows))
+        return cls(keys=zeros(), values=zeros(), lengths=lengths)
 
     @property
     def slots(self) -> int:
@@ -163,19 +199,28 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     return mixed.astype(v.dtype).reshape(batch, tokens, heads * width)
 
 
+def _store(slots: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
+    """One sequence's slots [S, ..] with new [T, ..] at positions [T]; what does not fit is dropped.
+
+    Under vmap the sequences are a batch of the scatter's own, which a mesh cuts without a collective.
+    """
+    return slots.at[positions].set(new.astype(slots.dtype), mode="drop")
+
+
+def _linear(rules: MeshRules, fan_in: int, fan_out: int, *names: str, **kinds: Any) -> nnx.Linear:
+    return nnx.Linear(fan_in, fan_out, use_bias=False, kernel_metadata=rules.metadata(*names), **kinds)
+
+
 class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        def linear(fan_in, fan_out):
-            return nnx.Linear(
-                fan_in, fan_out, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs, rules: MeshRules):
+        linear = functools.partial(_linear, rules, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.head_dim = config.head_dim
         q_width, kv_width = (h * config.head_dim for h in (config.num_heads, config.num_kv_heads))
-        self.q_proj = linear(config.hidden_size, q_width)
-        self.k_proj = linear(config.hidden_size, kv_width)
-        self.v_proj = linear(config.hidden_size, kv_width)
-        self.o_proj = linear(q_width, config.hidden_size)
+        self.q_proj = linear(config.hidden_size, q_width, "embed", "heads")
+        self.k_proj = linear(config.hidden_size, kv_width, "embed", "kv_heads")
+        self.v_proj = linear(config.hidden_size, kv_width, "embed", "kv_heads")
+        self.o_proj = linear(q_width, config.hidden_size, "heads", "embed")
 
     def __call__(self, x, angles, positions, layer_cache=None):
         """x [B, T, hidden] -> ([B, T, hidden], the layer's keys and values)."""
@@ -184,42 +229,47 @@ class Attention(nnx.Module):
         k = rotate(self.k_proj(x).reshape(split), angles)
         v = self.v_proj(x).reshape(split)
         if layer_cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
             k, v = (
-                old.at[rows, positions].set(new.astype(old.dtype), mode="drop")
-                for old, new in zip(layer_cache, (k, v), strict=True)
+                jax.vmap(_store)(old, positions, new) for old, new in zip(layer_cache, (k, v), strict=True)
             )
         return self.o_proj(attend(q, k, v, positions)), (k, v)
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        def linear(fan_in, fan_out):
-            return nnx.Linear(
-                fan_in, fan_out, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs, rules: MeshRules):
+        linear = functools.partial(_linear, rules, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, "embed", "mlp")
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, "embed", "mlp")
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, "mlp", "embed")
 
     def __call__(self, x):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def _norm(rules: MeshRules, config: LlamaConfig, **kinds: Any) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.rms_eps,
+        use_fast_variance=False,
+        scale_metadata=rules.metadata("embed"),
+        **kinds,
+    )
+
+
 class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs, rules: MeshRules):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = dict(epsilon=config.rms_eps, use_fast_variance=False, **kinds)
-        self.input_norm = nnx.RMSNorm(config.hidden_size, **norm)
-        self.self_attn = Attention(config, **kinds)
-        self.mlp_norm = nnx.RMSNorm(config.hidden_size, **norm)
-        self.mlp = MLP(config, **kinds)
+        self.rules = rules
+        self.input_norm = _norm(rules, config, **kinds)
+        self.self_attn = Attention(config, rules=rules, **kinds)
+        self.mlp_norm = _norm(rules, config, **kinds)
+        self.mlp = MLP(config, rules=rules, **kinds)
 
     def __call__(self, x, angles, positions, layer_cache=None):
         mixed, kv = self.self_attn(self.input_norm(x), angles, positions, layer_cache)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), kv
+        x = self.rules.constrain(x + mixed, "batch", None, "embed")
+        return self.rules.constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed"), kv
 
 
 class Llama(nnx.Module):
@@ -232,31 +282,76 @@ class Llama(nnx.Module):
     block again, from its input, instead of keeping what is inside.
     """
 
-    def __init__(self, config: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+        mesh: jax.sharding.Mesh | None = None,
+        sharding_rules: Sequence[tuple[str, Any]] = SHARDING_RULES,
+    ):
+        """A decoder with random weights, on the devices of a mesh when one is given.
+
+        Args:
+          mesh: its axes Auto. Of those that `sharding_rules` name it may lack some: a mesh of "tensor"
+            alone is tensor parallel, one of "data" alone batch parallel.
+          sharding_rules: (name of an array's axis, mesh axis or None) pairs. What the mesh does not
+            divide (3 heads among 2 devices) is held whole by every device, and a warning says so.
+        Raises:
+          ValueError: the mesh has axes that are not Auto.
+        """
+        rules = MeshRules(mesh, tuple((name, axis) for name, axis in sharding_rules)).fitted(
+            {
+                "vocab": config.vocab_size,
+                "heads": config.num_heads,
+                "kv_heads": config.num_kv_heads,
+                "mlp": config.intermediate_size,
+                "embed": config.hidden_size,
+            },
+            "Llama",
+        )
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
         self.remat = False
-        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, **kinds)
-        self.layers = nnx.List([Block(config, **kinds) for _ in range(config.num_layers)])
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_eps, use_fast_variance=False, **kinds)
+        self.rules = rules
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_metadata=rules.metadata("vocab", "embed"),
+            **kinds,
+        )
+        self.layers = nnx.List([Block(config, rules=rules, **kinds) for _ in range(config.num_layers)])
+        self.norm = _norm(rules, config, **kinds)
         if not config.tie_embeddings:
-            self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, **kinds)
+            self.lm_head = _linear(rules, config.hidden_size, config.vocab_size, "embed", "vocab", **kinds)
 
     @classmethod
     def from_weights(
-        cls, config: LlamaConfig, weights: Mapping[str, Any], *, dtype=jnp.float32, param_dtype=jnp.float32
+        cls,
+        config: LlamaConfig,
+        weights: Mapping[str, Any],
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        **on_mesh: Any,
     ) -> Llama:
         """A decoder with given weights; none are drawn first.
 
         Args:
           config: its sizes.
           weights: arrays by parameter path, "layers.0.mlp.up_proj.kernel" and so on; matrices are
-            [in, out], the embedding is [vocab, hidden].
+            [in, out], the embedding is [vocab, hidden]. Of NumPy arrays, and arrays mapped from a file,
+            a device is given its slices only.
+          **on_mesh: mesh and sharding_rules, as the constructor's.
         Raises:
           ValueError: a weight is missing, unknown, or of another shape.
         """
-        model = nnx.eval_shape(lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(
+            lambda: cls(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0), **on_mesh)
+        )
         graph, state = nnx.split(model)
         wanted = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
         missing, unknown = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
@@ -271,7 +366,7 @@ class Llama(nnx.Module):
                     f"Llama.from_weights: {path} must have shape {leaf.shape}, got {weights[path].shape}"
                 )
         filled = [
-            (path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))], param_dtype)))
+            (path, leaf.replace(place(weights[".".join(map(str, path))], param_dtype, sharding_of(leaf))))
             for path, leaf in nnx.to_flat_state(state)
         ]
         return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -286,13 +381,16 @@ class Llama(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
         run = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x, stored = self.embed(tokens), []
+        x, stored = self.rules.constrain(self.embed(tokens), "batch", None, "embed"), []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
             x, kv = run(block, x, angles, positions, layer_cache)
             stored.append(kv)
         if cache is not None:
-            keys, values = zip(*stored, strict=True)
+            keys, values = (
+                tuple(self.rules.constrain(a, "batch", None, "kv_heads", None) for a in arrays)
+                for arrays in zip(*stored, strict=True)
+            )
             cache = KVCache(keys, values, cache.lengths + tokens.shape[1])
         return self.norm(x), cache
 
@@ -361,7 +459,7 @@ class Decoder:
         graph, state = nnx.split(model)
         # A flat list crosses jit's boundary faster than nnx's nested state.
         self._weights, tree = jax.tree.flatten(state)
-        self.config, self.dtype = model.config, model.dtype
+        self.config, self.dtype, self.rules = model.config, model.dtype, model.rules
         self.max_length, self.batch = max_length, batch
 
         def rebuild(weights) -> Llama:
@@ -397,7 +495,7 @@ class Decoder:
         padded = np.zeros((self.batch, min(width, self.max_length)), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        cache = KVCache.empty(self.config, self.batch, self.max_length, self.dtype)
+        cache = KVCache.empty(self.config, self.batch, self.max_length, self.dtype, self.rules)
         return self._prefill(self._weights, cache, padded, np.asarray(lengths, np.int32))
 
     def step(self, tokens: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -13,18 +13,22 @@ from jax_trirun import QuantTensor
 from jax_trirun.checkpoints.models import Model, open_model
 
 from .llama import Llama, LlamaConfig
+from .partitioning import metadata_of, place, sharding_of
 from .quant_dense import QuantDense
 
 
 def load_llama(
-    model: Model | str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+    model: Model | str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, **on_mesh: Any
 ) -> Llama:
     """Reads a decoder, weight after weight; packed weights stay packed.
+
+    On a mesh each device keeps its slices of a weight only, from the moment the weight is read.
 
     Args:
       model: an opened model, or a path for `jax_trirun.checkpoints.open_model`.
       dtype: of the activations.
       param_dtype: of the weights that are not packed. Packed ones keep their scales' dtype.
+      **on_mesh: mesh and sharding_rules, as `Llama`'s.
 
     Raises:
       FileNotFoundError, CheckpointError: as `open_model` and `Model.read`.
@@ -32,14 +36,18 @@ def load_llama(
     if not isinstance(model, Model):
         model = open_model(model)
     config = LlamaConfig(**model.config)
-    decoder = nnx.eval_shape(lambda: Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    decoder = nnx.eval_shape(
+        lambda: Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0), **on_mesh)
+    )
+    variables = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
     weights = {}
     for path in model.shapes:
-        value = model.read(path)
+        value, variable = model.read(path), variables[path]
         if isinstance(value, QuantTensor):
-            set_module(decoder, path.rpartition(".")[0], QuantDense.from_weight(value, dtype=dtype))
+            layer = QuantDense.from_weight(value, dtype=dtype, kernel_metadata=metadata_of(variable))
+            set_module(decoder, path.rpartition(".")[0], layer)
         else:
-            weights[path] = jnp.asarray(value, param_dtype)
+            weights[path] = place(value, param_dtype, sharding_of(variable))
     return fill(decoder, weights)
 
 

@@ -14,12 +14,15 @@ columns along the same directions:
 An axis is kept whole, with a warning, where a device's part of it would cut a block or a group.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 from flax.core import spmd
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -64,11 +67,11 @@ def _whole_unless_fits(name: Any, axis: str, size: int, unit: int, mesh: Any, ru
     count = shards(name, mesh, rules)
     if count == 1 or size % (count * unit) == 0:
         return name
-    most = next(c for c in range(min(count, size // unit) or 1, 0, -1) if size % (c * unit) == 0)
+    parts = [c for c in range(2, min(count, size // unit) + 1) if size % (c * unit) == 0]
     warnings.warn(
         f"{where}: {axis}={size} is not cut into {count} parts along {name!r}, as each must be a multiple of "
-        f"{unit} (whole blocks and groups of packed codes); every device holds all of {axis}. At most {most} "
-        "parts would do.",
+        f"{unit} (whole blocks and groups of packed codes); every device holds all of {axis}. "
+        + (f"{parts[-1]} parts would do." if parts else f"Pad {axis} to a multiple of {count * unit}."),
         stacklevel=2,
     )
     return None
@@ -132,3 +135,98 @@ def _split_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], Names 
             f"NamedSharding, got {sharding!r}"
         )
     return common, tuple(sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshRules:
+    """Along which axes of a mesh the named axes of a model's arrays lie.
+
+    Attributes:
+        mesh: with Auto axes; None for a model on one device, whose arrays are then left alone.
+        axes: (name, mesh axis, tuple of mesh axes, or None) pairs; names that are missing lie along none,
+            and so do those whose mesh axes this mesh has not.
+
+    Raises:
+        ValueError: the mesh has axes that are not Auto.
+    """
+
+    mesh: jax.sharding.Mesh | None = None
+    axes: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mesh is None or self.mesh.are_all_axes_auto:
+            return
+        raise ValueError(
+            f"the mesh's axes must be Auto, got {self.mesh}; make it with jax.make_mesh(sizes, names, "
+            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
+
+    def along(self, name: str | None) -> Any:
+        """The mesh axis, or axes, of a named axis; None when it is whole on every device."""
+        axes = dict(self.axes).get(name)
+        if self.mesh is None or axes is None:
+            return None
+        there = tuple(a for a in (axes if isinstance(axes, tuple) else (axes,)) if a in self.mesh.shape)
+        return there if len(there) > 1 else next(iter(there), None)
+
+    def shards(self, name: str) -> int:
+        """Into how many parts an axis of this name is cut."""
+        return shards(self.along(name), self.mesh)
+
+    def fitted(self, sizes: Mapping[str, int], where: str) -> "MeshRules":
+        """The same without names whose number of units (heads, columns) the mesh does not divide; warns."""
+        left = []
+        for name, axis in self.axes:
+            if sizes.get(name, 0) % self.shards(name):
+                warnings.warn(
+                    f"{where}: {name} ({sizes[name]}) is not divided by the {self.shards(name)} devices along "
+                    f"{self.along(name)!r}; every device holds all of it",
+                    stacklevel=3,
+                )
+                axis = None
+            left.append((name, axis))
+        return MeshRules(self.mesh, tuple(left))
+
+    def sharding(self, *names: str | None) -> NamedSharding | None:
+        """Of an array whose axes have these names; None without a mesh."""
+        if self.mesh is None:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(*(self.along(name) for name in names)))
+
+    def metadata(self, *names: str | None) -> dict[str, Any]:
+        """For an ``nnx.Variable`` that holds such an array."""
+        if self.mesh is None:
+            return {}
+        return {"out_sharding": tuple(self.along(name) for name in names), "mesh": self.mesh}
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """x, told to the compiler to lie so. An axis that the mesh does not divide is left whole."""
+        if self.mesh is None:
+            return x
+        fitting = [
+            n if n is not None and size % self.shards(n) == 0 else None
+            for n, size in zip(names, x.shape, strict=True)
+        ]
+        return jax.lax.with_sharding_constraint(x, self.sharding(*fitting))
+
+
+def sharding_of(variable: Any) -> NamedSharding | None:
+    """That an ``nnx.Variable``'s metadata name; None when they name no mesh."""
+    mesh = variable.get_metadata().get("mesh")
+    return None if mesh is None else NamedSharding(mesh, nnx.spmd.get_var_pspec(variable))
+
+
+def place(value: Any, dtype: Any, sharding: Any) -> jax.Array:
+    """``value`` as a JAX array, each device given its own slice and no other.
+
+    Args:
+        value: a NumPy array, one mapped from a file included: then only slices are read; or a JAX array.
+        sharding: None for the default device.
+    """
+    if sharding is None:
+        return jax.numpy.asarray(value, dtype)
+    if isinstance(value, jax.Array):
+        return jax.device_put(value.astype(dtype), sharding)
+    return jax.make_array_from_callback(
+        value.shape, sharding, lambda index: np.asarray(value[index]).astype(dtype)
+    )
