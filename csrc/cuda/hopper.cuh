@@ -1,0 +1,71 @@
+// What sm_90 has beyond ptx.cuh: barriers in shared memory that count bytes, the copy engine (TMA), and
+// registers that move between warpgroups.
+// Numbers in brackets are sections of the PTX ISA reference.
+#pragma once
+
+#include <cuda.h>  // CUtensorMap; nothing of libcuda is linked
+
+#include "ptx.cuh"
+
+namespace jax_trirun::cuda {
+
+// [mbarrier] One phase ends when `arrivals` threads have arrived and all expected bytes have come.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes the initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Waits for the end of the phase with this parity; a barrier's first phase has parity 0.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// [cp.async.bulk] Contiguous bytes (a multiple of 16, both ends aligned to 16) that arrive at `barrier`.
+__device__ __forceinline__ void copy_bulk(uint32_t to_shared, const void* from_global, int bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+          to_shared),
+      "l"(from_global), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// [cp.async.bulk.tensor] The box of a two-dimensional array that starts at (column, row); what lies outside
+// arrives as zeros.
+__device__ __forceinline__ void copy_box(uint32_t to_shared, const CUtensorMap& map, int column, int row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];\n" ::"r"(to_shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
+
+// [setmaxnreg] All warps of a warpgroup, once each.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+}  // namespace jax_trirun::cuda
