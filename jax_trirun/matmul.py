@@ -1,6 +1,7 @@
 """The public call: checks, messages, and what will run where."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _ffi
+from .partition import explicit_mesh, on_explicit_mesh
 from .primitive import bind_matmul, ffi_reason
 from .types import FLOATS, QuantTensor, check_float, check_weights
 
@@ -41,12 +43,21 @@ def matmul(
         >>> y = jax.jit(jax_trirun.matmul)(x, qw)
     """
     x, words, s, zeros, params = _prepare("matmul", x, qw, s, zeros, out_dtype, backend)
-    *lead, k = x.shape
-    wide = params["out_dtype"]
-    if wide not in (x.dtype, jnp.float32):
-        wide = np.dtype("float32")  # kernels write x's dtype or float32
-    y = bind_matmul(x.reshape(math.prod(lead), k), words, s, zeros, **params | {"out_dtype": wide})
-    return y.reshape(*lead, y.shape[1]).astype(params["out_dtype"])
+    product = partial(_product, **params)
+    if (mesh := explicit_mesh("matmul", x, words, s, zeros)) is None:
+        return product(x, words, s, zeros)
+    operands = [a for a in (x, words, s, zeros) if a is not None]
+    return on_explicit_mesh(mesh, product, operands, k=params["k"], bits=params["bits"])
+
+
+def _product(x, words, s, zeros=None, *, k, out_dtype, summed=(), **params):
+    """x [..., K] @ W, summed over the mesh axes ``summed`` before it is rounded."""
+    *lead, _ = x.shape
+    # Kernels write x's dtype or float32.
+    wide = out_dtype if out_dtype in (x.dtype, jnp.float32) and not summed else np.dtype("float32")
+    y = bind_matmul(x.reshape(math.prod(lead), k), words, s, zeros, k=k, out_dtype=wide, **params)
+    y = y.reshape(*lead, y.shape[1])
+    return (jax.lax.psum(y, summed) if summed else y).astype(out_dtype)
 
 
 class Costs(NamedTuple):

@@ -10,7 +10,7 @@ weight has them, zeros [groups, N]; its parameters:
     backend    None or a name of _ffi.KNOWN_BACKENDS
 
 It lowers to ``_call_p``, which is one call into one back end and knows nothing of transformations.
-Partitioning belongs between the two.
+Between the two is partition.py, which has each device make a call for its part.
 """
 
 from functools import partial
@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
 from .layout import layout
 from .pack import unpack
+from .partition import can_call_back, partitioned_matmul
 from .reference import HIGHEST, matmul_reference, repeat_groups
 from .types import FLOATS, check_weights
 
@@ -245,7 +247,18 @@ def _lower_elsewhere(ctx, *operands, **params):
 mlir.register_lowering(_call_p, _lower_elsewhere)
 for _platform in {b.platform for b in _ffi.BACKENDS.values()}:
     mlir.register_lowering(_call_p, _lower_ffi(_platform), platform=_platform)
-mlir.register_lowering(matmul_p, mlir.lower_fun(_call_p.bind, multiple_results=False))
+
+
+def _lower_matmul(ctx, *operands, **params):
+    def parts(*operands):
+        return partitioned_matmul(_call_p.bind, operands, **params)
+
+    function = parts if can_call_back(ctx) else partial(_call_p.bind, **params)
+    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+
+
+mlir.register_lowering(matmul_p, _lower_matmul)
+dispatch.prim_requires_devices_during_lowering.add(matmul_p)  # there is no public way to say so
 
 for _p in (matmul_p, _call_p):
     _p.def_abstract_eval(_abstract_eval)
