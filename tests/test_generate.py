@@ -1,4 +1,4 @@
-"""The command line on a small random model, and the main job on the real one; perplexity."""
+"""The command line on a small random model, and the main job on the real one."""
 
 import re
 
@@ -6,63 +6,11 @@ import numpy as np
 import pytest
 
 from jax_trirun import cli
-from jax_trirun.evaluate import perplexity, sample_text
-from jax_trirun.evaluate.perplexity import spans
+from jax_trirun.evaluate import sample_text
 
 pytest.importorskip("flax", reason="Flax is not installed")
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
-
-# Perplexity
-
-
-@pytest.mark.parametrize("length", [2, 3, 9, 10, 11, 19, 40])
-@pytest.mark.parametrize(("window", "stride"), [(10, 9), (10, 4), (10, 1), (2, 1)])
-def test_every_token_is_scored_once_with_enough_context(length, window, stride):
-    seen = []
-    for start, end, scored in spans(length, window, stride):
-        assert 0 <= start < scored < end <= length and end - start <= window
-        assert start == 0 or scored - start >= window - stride
-        seen += range(scored, end)
-    assert seen == list(range(1, length))
-
-
-def uniform(tokens):
-    return np.full((1, tokens.shape[1] - 1), np.log(50.0))
-
-
-def test_a_uniform_guess_has_the_vocabulary_as_perplexity():
-    result = perplexity(uniform, [range(33), range(7)], window=8, stride=3)
-    assert result.tokens == (32, 6)
-    np.testing.assert_allclose([result.value, *result.documents], 50.0)
-
-
-def test_documents_count_by_their_tokens():
-    def losses(tokens):  # the loss of a token is its own number
-        return tokens[:, 1:].astype(np.float64)
-
-    result = perplexity(losses, [[9, 1, 1, 1], [9, 3]], window=4)
-    np.testing.assert_allclose(result.value, np.exp(6 / 4))
-    np.testing.assert_allclose(result.documents, np.exp([1, 3]))
-    long = list(range(1, 60))
-    for stride in (1, 3, 7):
-        assert perplexity(losses, [long], window=8, stride=stride).losses[0] == sum(long[1:])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([[1, 2]], 1, None), "wanted window >= 2 and stride in 1 .. window - 1, got window=1, stride=0"),
-        (([[1, 2]], 8, 8), "got window=8, stride=8"),
-        (([], 8, None), "at least one document, got none"),
-        (([[1, 2], [3]], 8, None), "document 1 has 1 tokens; at least two are needed"),
-    ],
-)
-def test_wrong_perplexity_arguments(arguments, message):
-    documents, window, stride = arguments
-    with pytest.raises(ValueError, match=re.escape(message)):
-        perplexity(uniform, documents, window=window, stride=stride)
-
 
 # The command line
 
@@ -188,21 +136,6 @@ def test_the_backend_can_be_chosen(capsys, small_model, monkeypatch):
     assert seen == {"reference"}
 
 
-def test_eval_compares_files(capsys, small_model, tmp_path):
-    for name, text in (("a.txt", "One text.\n" * 9), ("b.txt", "Another, naïve one.")):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
-    common = ("eval", "--model", small_model, "--window", "32", "--stride", "16", "--text", *names)
-    status, out, err = run(capsys, *common, "--layers", "all")
-    assert status == 0, err
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[-3:]}
-    assert int(rows[names[0]][0]) == 89 and int(rows[names[1]][0]) == 18 and int(rows["all"][0]) == 107
-    floats = [float(rows[name][1]) for name in names]
-    pooled = np.exp((89 * np.log(floats[0]) + 18 * np.log(floats[1])) / 107)
-    np.testing.assert_allclose(float(rows["all"][1]), pooled, rtol=1e-3)
-    assert rows["all"][1] != rows["all"][2]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -224,18 +157,6 @@ def test_mistakes_are_one_line_and_status_2(capsys, small_model, arguments, mess
     status, _, err = run(capsys, "generate", "--no-perplexity", *model, *arguments)
     assert status == 2 and err.startswith("error: ")
     assert re.search(message, err), err
-
-
-def test_wrong_texts(capsys, small_model, tmp_path):
-    (tmp_path / "short.txt").write_text("a")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    for name, message in {
-        "none.txt": "No such file",
-        "short.txt": "has 1 tokens, at least 2 are needed",
-        "binary.txt": "not UTF-8 text",
-    }.items():
-        status, _, err = run(capsys, "eval", "--model", small_model, "--text", str(tmp_path / name))
-        assert status == 2 and message in err and name in err
 
 
 def test_traceback_shows_where(small_model):

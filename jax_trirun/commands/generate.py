@@ -19,6 +19,7 @@ PROMPT = "What is the capital of France, and what is it known for?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help=shared.MODEL_HELP)
     shared.add_arguments(parser)
     parser.add_argument("--prompt", default=PROMPT, help=f"the question (default: {PROMPT!r})")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, not as a chat")
@@ -37,14 +38,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.temperature < 0:
         raise ValueError(f"--temperature must be 0 or more, got {arguments.temperature}")
     started = time.perf_counter()
-    lm = shared.load(arguments)
+    lm = shared.load(arguments.model)
     prompt = _prompt(lm, arguments)
     tokens = None if arguments.no_perplexity else lm.tokenizer.encode(shared.sample_text())
-    before = None if tokens is None else shared.measure(lm, [tokens], arguments.window)
+    before = None if tokens is None else shared.measure(lm, [tokens], window=arguments.window)
     quantised = shared.quantise(lm, arguments)
     _stream(lm, prompt, arguments)
     if tokens is not None and before is not None:
-        after = shared.measure(lm, [tokens], arguments.window) if quantised else before
+        after = shared.measure(lm, [tokens], window=arguments.window) if quantised else before
         kind = "2-bit" if quantised else "unchanged"
         print(
             f"perplexity {before.value:.2f} in float32, {after.value:.2f} {kind}, over {sum(after.tokens)} tokens "

