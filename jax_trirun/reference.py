@@ -1,5 +1,7 @@
 """What the operation means: dequantise, then a plain matmul. Everything else is only faster."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from .pack import unpack
 from .types import QuantTensor, check_fits, check_weights
 
 HIGHEST = jax.lax.Precision.HIGHEST
+PART_BYTES = 64 << 20  # of a weight's rows that the transposed product makes dense at once
 
 
 def repeat_groups(per_group: jax.Array, k: int) -> jax.Array:
@@ -85,10 +88,55 @@ def matmul_reference(
     bits: int,
 ) -> jax.Array:
     """x[M, K] @ W[K, N] -> [M, N], or with ``transpose`` x[M, N] @ W.T -> [M, K]; summed in float32."""
-    w = dequantize_float32(words, scales, zeros, k, bits)
-    axis = 1 if transpose else 0
-    y = jax.lax.dot_general(
-        x.astype(jnp.float32), w, (((1,), (axis,)), ((), ())), precision=HIGHEST,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return y.astype(out_dtype)
+    x = x.astype(jnp.float32)
+    if not transpose:
+        return _dot(x, dequantize_float32(words, scales, zeros, k, bits), 0).astype(out_dtype)
+
+    def columns(words, scales, zeros, rows):
+        return _dot(x, dequantize_float32(words, scales, zeros, rows, bits), 1).astype(out_dtype)
+
+    y = _map_parts_of_k(columns, words, scales, zeros, k, bits)  # [parts, M, K / parts]
+    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], k)
+
+
+def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dot_general(
+        x, w, (((1,), (axis,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def _map_parts_of_k(
+    f: Callable[..., jax.Array],
+    words: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    k: int,
+    bits: int,
+) -> jax.Array:
+    """f(words, scales, zeros, K / parts) of one part of a weight's rows after the other, stacked.
+
+    A backward pass needs every layer's weight dense. Those depend on nothing but arguments, so a compiler
+    may make all of them first, and XLA's CPU scheduler does. It takes nothing out of a loop: with one,
+    one part of one weight is dense at a time.
+    """
+    groups, n = scales.shape
+    parts = _parts_of_k(k, n, groups, bits)
+    if parts == 1:
+        return f(words, scales, zeros, k)[None]
+
+    def cut(array):
+        return array.reshape(parts, array.shape[0] // parts, *array.shape[1:])
+
+    if groups == 1:
+        return jax.lax.map(lambda words: f(words, scales, zeros, k // parts), cut(words))
+    return jax.lax.map(lambda part: f(*part, k // parts), jax.tree.map(cut, (words, scales, zeros)))
+
+
+def _parts_of_k(k: int, n: int, groups: int, bits: int) -> int:
+    """At least two, and of PART_BYTES at most as float32, where whole blocks and groups allow it."""
+    block = layout(bits).block_k
+    unit = block if groups == 1 else math.lcm(block, k // groups)
+    if k % unit:
+        return 1
+    units, wanted = k // unit, max(2, -(-4 * k * n // PART_BYTES))
+    return next((parts for parts in range(wanted, units) if units % parts == 0), units)
