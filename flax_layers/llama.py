@@ -272,6 +272,11 @@ class Block(nnx.Module):
         return self.rules.constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed"), kv
 
 
+def _run_again_in_backward(block: Block, *arguments: Any) -> Any:
+    graph, state = nnx.split(block)  # nnx.remat would also want to write what a block never writes
+    return jax.checkpoint(lambda state, *arguments: nnx.merge(graph, state)(*arguments))(state, *arguments)
+
+
 class Llama(nnx.Module):
     """The decoder. `dtype` is that of the activations, `param_dtype` that of the weights.
 
@@ -380,7 +385,7 @@ class Llama(nnx.Module):
         start = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
-        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        run = _run_again_in_backward if self.remat else Block.__call__
         x, stored = self.rules.constrain(self.embed(tokens), "batch", None, "embed"), []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])

@@ -163,7 +163,7 @@ class MeshRules:
 
     def along(self, name: str | None) -> Any:
         """The mesh axis, or axes, of a named axis; None when it is whole on every device."""
-        axes = dict(self.axes).get(name)
+        axes = dict(self.axes).get(name) if name else None
         if self.mesh is None or axes is None:
             return None
         there = tuple(a for a in (axes if isinstance(axes, tuple) else (axes,)) if a in self.mesh.shape)
@@ -212,8 +212,8 @@ class MeshRules:
 
 def sharding_of(variable: Any) -> NamedSharding | None:
     """That an ``nnx.Variable``'s metadata name; None when they name no mesh."""
-    mesh = variable.get_metadata().get("mesh")
-    return None if mesh is None else NamedSharding(mesh, nnx.spmd.get_var_pspec(variable))
+    mesh, spec = variable.get_metadata().get("mesh"), nnx.spmd.get_var_pspec(variable)
+    return None if mesh is None or spec is None else NamedSharding(mesh, spec)
 
 
 def place(value: Any, dtype: Any, sharding: Any) -> jax.Array:

@@ -1,5 +1,10 @@
 """Low-rank terms over packed weights: what they compute, what is trained, and what memory that takes."""
 
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +17,7 @@ import flax_layers
 import jax_trirun
 from flax_layers import QuantDense
 from flax_layers.linen import quantized
-from flax_layers.llama import LlamaConfig
+from flax_layers.llama import Llama, LlamaConfig, token_losses
 
 K, N, G = 192, 40, 64
 X = np.random.default_rng(0).normal(size=(3, 5, K)).astype(np.float32)
@@ -250,3 +255,86 @@ def test_linen_scan_stacks_terms():
     assert a.shape == (3, K, 2) and not np.array_equal(a[0], a[1])
     y, _ = jax.jit(stack.apply)(variables, X, None)
     assert y.shape == X.shape
+
+
+# ---- Training a decoder -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    """docs/finetune_smollm2.py as a module."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    path = Path(__file__).parent.parent / "docs" / "finetune_smollm2.py"
+    spec = importlib.util.spec_from_file_location("finetune_smollm2", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("train", ["lora", "scales"])
+def test_finetuning_the_real_models_first_layers_lowers_the_loss(finetune, smollm2, train):
+    del smollm2  # which sees to it that the file is there
+    model, tokenizer = finetune.load(layers=2)
+    tokens = np.asarray(tokenizer.encode(finetune.sample_text())[:200], np.int32)
+    flax_layers.quantize_module(model, group_size=32, method="rtn", scale_dtype="float32")
+    if train == "lora":
+        flax_layers.add_lora(model, rank=4, rngs=nnx.Rngs(0))
+    frozen = nnx.state(model.layers, nnx.PathContains("words"))
+    before = finetune.mean_loss(model, tokens, 64)
+    trained, losses, _ = finetune.train(
+        model,
+        tokens,
+        wrt=finetune.TRAINED[train],
+        steps=15,
+        batch=1,
+        window=64,
+        learning_rate=5e-3 if train == "lora" else 3e-3,
+        report=lambda line: None,
+    )
+    after = finetune.mean_loss(trained, tokens, 64)
+    assert len(losses) == 15 and after < before - 1, (before, losses, after)
+    words = nnx.state(trained.layers, nnx.PathContains("words"))
+    jax.tree.map(np.testing.assert_array_equal, words, frozen)
+
+
+def finetuning_memory(finetune, layers, tokens=8):
+    """(bytes besides the arguments of a step, bytes of a layer's dense kernels and of its packed ones)."""
+    config = dataclasses.replace(WIDE, num_layers=layers)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    report = flax_layers.quantize_module(model, group_size=64, method="rtn", scale_dtype="float16")
+    flax_layers.add_lora(model, rank=2, rngs=nnx.Rngs(0))
+    model.remat = True
+    batch = jnp.zeros((1, tokens), jnp.int32)
+    training = finetune.Training.start(model, nnx.LoRAParam, optax.sgd(1e-3), batch)
+    analysis = training.compiled.memory_analysis()
+    return analysis.temp_size_in_bytes, report.bytes_before / layers, report.bytes_after / layers
+
+
+WIDE = dataclasses.replace(SMALL, hidden_size=512, intermediate_size=1024, num_kv_heads=4)
+
+
+def test_a_training_step_never_holds_the_dense_weights_of_a_second_layer(finetune):
+    two, dense, packed = finetuning_memory(finetune, 2)
+    five, _, _ = finetuning_memory(finetune, 5)
+    assert packed < dense / 14
+    assert five < dense  # of five layers not even one: they are made dense one after the other, in parts
+    assert five - two < 3 * dense / 10  # what three more layers add: activations, low-rank terms
+
+
+def test_computing_blocks_again_gives_the_same_gradients():
+    model = Llama(SMALL, rngs=nnx.Rngs(0))
+    flax_layers.quantize_module(model, group_size=64, method="rtn")
+    flax_layers.add_lora(model, rank=2, b_initializer=nnx.initializers.normal(0.1), rngs=nnx.Rngs(1))
+    tokens = np.random.default_rng(0).integers(0, 97, (2, 9))
+
+    def gradients(remat):
+        model.remat = remat
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        return nnx.grad(lambda m: jnp.mean(token_losses(m, tokens)), argnums=wrt)(model)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), gradients(True), gradients(False)
+    )
