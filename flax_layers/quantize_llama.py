@@ -14,11 +14,12 @@ the Hessians.
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -186,7 +187,7 @@ def _run(block: Block, x: jax.Array, frequencies: jax.Array) -> jax.Array:
     return block(x, positions[..., None].astype(jnp.float32) * frequencies, positions)[0]
 
 
-@partial(jax.jit, static_argnames=("graph", "name"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("graph", "name"), donate_argnums=0)
 def _add_inputs(hessian, state, batch, frequencies, *, graph, name):
     # All that comes after the layer's inputs is never used, and XLA leaves it out.
     block = nnx.merge(graph, state)
@@ -197,14 +198,14 @@ def _add_inputs(hessian, state, batch, frequencies, *, graph, name):
     return add_to_hessian(hessian, jnp.where(batch.real[..., None], recorder.seen, 0))
 
 
-@partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
 def _add_normed(hessian, batch, scale, epsilon):
     mean_square = jnp.mean(batch.x * batch.x, axis=-1, keepdims=True)
     normed = batch.x * jax.lax.rsqrt(mean_square + epsilon) * scale
     return add_to_hessian(hessian, jnp.where(batch.real[..., None], normed, 0))
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="graph", donate_argnums=0)
 def _outputs(batch, state, frequencies, *, graph):
     return Batch(_run(nnx.merge(graph, state), batch.x, frequencies), batch.real)
 
@@ -306,9 +307,14 @@ def last_layer(config: LlamaConfig, recipes: Recipes) -> int:
 
 def make_block(config: LlamaConfig, weights: Mapping[str, Any]) -> Block:
     """A block from float32 weights by path inside it ("mlp.up_proj.kernel"); packed ones are dequantised."""
+    return fill(_empty_block(config), {path: _as_float(value) for path, value in weights.items()})
+
+
+@functools.cache
+def _empty_block(config: LlamaConfig) -> Block:
+    """A block that has shapes, but no arrays."""
     one = replace(config, num_layers=1)
-    block = nnx.eval_shape(lambda: Llama(one, rngs=nnx.Rngs(0)).layers[0])
-    return fill(block, {path: _as_float(value) for path, value in weights.items()})
+    return nnx.eval_shape(lambda: Llama(one, rngs=nnx.Rngs(0))).layers[0]
 
 
 def _as_float(value: Any) -> jax.Array:
@@ -368,6 +374,7 @@ def quantize_llama(
             calibration.advance(block)
         for name, weight in packed.items():
             set_module(block, name, QuantDense.from_weight(weight, dtype=model.dtype))
+        gc.collect()  # nnx leaves cycles behind that hold the float weights
         reports += rows
     recipe = None if config.tie_embeddings else recipes.of("lm_head")
     if recipe is not None:

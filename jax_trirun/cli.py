@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import evaluate, generate, info, quantize
+from .commands import convert, evaluate, generate, info, quantize
 
-COMMANDS = {"info": info, "quantize": quantize, "generate": generate, "eval": evaluate}
+COMMANDS = {"info": info, "quantize": quantize, "convert": convert, "generate": generate, "eval": evaluate}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..pack import pack
 from ..types import FLOATS, GROUP_SIZES, QuantTensor
-from .errors import CheckpointError
+from .errors import CheckpointError, InexactError
 
 Requantize = Mapping[str, Any] | None
 
@@ -111,12 +111,13 @@ def dense(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> np
 
 
 def inexact(where: str, why: str, weight: Callable[[], np.ndarray], requantize: Requantize) -> QuantTensor:
-    """Raises a CheckpointError that says why, or quantises the decoded weight again if that was asked."""
+    """Raises an InexactError that says why, or quantises the decoded weight again if that was asked."""
     if requantize is None:
-        raise CheckpointError(
+        message = (
             f"{where}: this weight cannot be represented exactly: {why}. Pass requantize=dict(group_size=64), or "
             "other arguments of jax_trirun.quantize, to quantise the decoded weight again; that costs accuracy"
         )
+        raise InexactError(message, why, weight)
     from ..quantizers import quantize
 
     return quantize(weight(), **requantize)

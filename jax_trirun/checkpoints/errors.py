@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 
 class CheckpointError(ValueError):
     """A model file is missing, damaged, or holds what cannot be represented."""
+
+
+class InexactError(CheckpointError):
+    """A weight cannot be represented exactly.
+
+    Attributes:
+      why: in words.
+      weight: () -> the decoded weight, float32 [in, out], for quantising it again.
+    """
+
+    def __init__(self, message: str, why: str, weight: Callable[[], Any]):
+        super().__init__(message)
+        self.why, self.weight = why, weight
 
 
 def optional_import(name: str, purpose: str) -> ModuleType:

@@ -24,7 +24,7 @@ from .bitnet import from_bitnet
 from .build import Requantize
 from .compressed_tensors import from_compressed_tensors
 from .decoder import config_from_json, config_to_json, decoder_shapes
-from .errors import CheckpointError
+from .errors import CheckpointError, InexactError
 from .gptq import from_gptq
 from .hqq import from_hqq
 from .packed import FORMAT_VERSION, INDEX, Packed
@@ -219,6 +219,8 @@ class HuggingFaceModel(Model):
             raise CheckpointError(f"{self.path}: {module} has a bias, which the decoder has not")
         try:
             return self._weight(path, module, parts)
+        except InexactError as error:
+            raise InexactError(f"{self.path}: {module}: {error}", error.why, error.weight) from error
         except KeyError as error:
             raise CheckpointError(f"{self.path}: {module}.{error.args[0]} is missing") from error
         except CheckpointError as error:
@@ -243,6 +245,8 @@ class HuggingFaceModel(Model):
                 requantize=again,
             )
         if self.format == "bitnet":
+            if "rms_norm.weight" in parts:
+                raise CheckpointError("it has a norm of its own (use_rms_norm), which the decoder has not")
             kind = self._quantization.get("linear_class", "bitlinear")
             return from_bitnet(
                 parts["weight"], parts["weight_scale"], linear_class=kind, out_features=shape[1]
@@ -330,7 +334,7 @@ def _find(tree: Any, key: str) -> list[Any]:
     """Every value of `key` in nested dicts."""
     if not isinstance(tree, Mapping):
         return []
-    return [tree[key]] * (key in tree) + [v for child in tree.values() for v in _find(child, key)]
+    return ([tree[key]] if key in tree else []) + [v for child in tree.values() for v in _find(child, key)]
 
 
 def _quantization(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

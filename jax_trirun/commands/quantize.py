@@ -19,11 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import open_model, smollm2
+from ..checkpoints import open_model
 from ..checkpoints.models import Model
 from ..checkpoints.packed import INDEX
 from ..quantizers.recipe import ALL_METHODS, DEFAULT_SKIP, Recipe, Recipes, parse_override
 from ..types import FLOATS, GROUP_SIZES
+from .model import find
+from .output import check_apart, check_free
 
 HELP = "quantise a model layer by layer, with calibration text (GPTQ) or without"
 
@@ -92,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..quantizers.rotation import RotatedModel
-    from .quantize_run import Run
+    from .quantize_run import REPORT, Run
 
     recipes = recipes_of(arguments)
     for name in ("calibration_tokens", "batch_tokens", "window"):
@@ -102,12 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.resume and (out / INDEX).is_file():
         print(f"{out} is complete: there is nothing to resume")
         return
-    if not (arguments.resume or arguments.overwrite) and out.exists() and any(out.iterdir()):
-        raise FileExistsError(
-            f"{out} is not empty; name another directory, or go on with --resume, or delete an earlier run's "
-            "files with --overwrite"
-        )
-    model: Model = open_model(smollm2.fetch() if arguments.model == "smollm2" else arguments.model)
+    if not arguments.resume:
+        check_free(out, REPORT, overwrite=arguments.overwrite, instead="go on with --resume, ")
+    model: Model = open_model(find(arguments.model))
+    check_apart(out, model)
     if arguments.rotate:
         model = RotatedModel(model, seed=arguments.seed)
         print(f"rotation   {model.description}")

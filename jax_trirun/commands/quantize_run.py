@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checkpoints.errors import CheckpointError, optional_import
-from ..checkpoints.models import CONFIG, Model, write_config
-from ..checkpoints.packed import INDEX, Parts
-from ..checkpoints.safetensors import whole_file
-from ..checkpoints.tokenizer import CONFIG as TOKENIZER_CONFIG
-from ..checkpoints.tokenizer import FILE as TOKENIZER
+from ..checkpoints.models import Model, write_config
+from ..checkpoints.packed import Parts
 from ..quantizers.recipe import Recipes
 from ..types import QuantTensor, check_group_size
 from .model import megabytes
+from .output import clear, clear_unfinished, copy_tokenizer, write_json
 
 REPORT = "quantize.json"
 
@@ -174,6 +173,7 @@ class Run:
                 if i > last:
                     calibration = None
                 rows += self._layer(driver, parts, i, calibration, show)
+                gc.collect()  # nnx leaves cycles behind that hold the layer's arrays
                 bar.update()
             rows += self._head(driver, parts, calibration, show)
         self._finish(out, parts, rows, time.perf_counter() - started)
@@ -182,7 +182,7 @@ class Run:
         report = out / REPORT
         settings = json.loads(json.dumps(self.settings))  # as it will be read back
         if overwrite:
-            _clear(out)
+            clear(out, REPORT)
         elif report.is_file():
             try:
                 before = json.loads(report.read_text(encoding="utf-8"))["settings"]
@@ -197,9 +197,8 @@ class Run:
         elif out.exists() and any(out.glob("model-*.safetensors")):
             raise ValueError(f"{out} holds a model, but no {REPORT}: nothing to resume; use --overwrite")
         parts = Parts(out, count)
-        for unfinished in out.glob(".*.part"):  # of a run that was killed
-            unfinished.unlink()
-        _write_json(report, {"complete": False, "settings": settings})
+        clear_unfinished(out)  # of a run that was killed
+        write_json(report, {"complete": False, "settings": settings})
         return parts
 
     def _embedding(self, parts: Parts) -> np.ndarray:
@@ -269,16 +268,14 @@ class Run:
 
     def _finish(self, out: Path, parts: Parts, rows: list[dict[str, Any]], seconds: float) -> None:
         """Tokenizer, configuration and report; the index, which makes it a model, last."""
-        try:
-            self.model.tokenizer().save(out)
-        except (CheckpointError, FileNotFoundError, ImportError) as error:
-            print(f"tokenizer  left out: {error}", file=sys.stderr)
+        if why := copy_tokenizer(self.model, out):
+            print(f"tokenizer  left out: {why}", file=sys.stderr)
         write_config(out, self.model.config, {"bits": self.recipes.default.bits})
         before = sum(row["bytes_before"] for row in rows)
         after = sum(row["bytes_after"] for row in rows)
         count = sum(int(np.prod(row["shape"])) for row in rows)
         peak = _peak_resident()
-        _write_json(
+        write_json(
             out / REPORT,
             {
                 "complete": True,
@@ -323,26 +320,6 @@ def _checksum(path: Path) -> int:
             while block := file.read(1 << 22):
                 crc = zlib.crc32(block, crc)
     return crc
-
-
-def _clear(out: Path) -> None:
-    """Deletes what a run wrote, the index first: from then on nothing takes the rest for a model.
-
-    Raises:
-      ValueError: a directory that no run has written.
-    """
-    if out.exists() and any(out.iterdir()) and not (out / REPORT).is_file():
-        raise ValueError(
-            f"--overwrite: {out} has no {REPORT}, so nothing in it is deleted; name another directory"
-        )
-    ours = [INDEX, REPORT, CONFIG, TOKENIZER, TOKENIZER_CONFIG]
-    for path in [*(out / name for name in ours), *out.glob("model-*-of-*.safetensors")]:
-        path.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
 
 
 def _peak_resident() -> int | None:
