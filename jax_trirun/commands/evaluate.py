@@ -176,18 +176,18 @@ def _read(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 class _Tasks:
     def __init__(self, arguments: argparse.Namespace):
-        from ..evaluate import lm_eval as harness
+        from ..evaluate.lm_eval import DecoderLM, evaluate, load_tasks
 
-        self.harness = harness
+        self.adapter, self.evaluate = DecoderLM, evaluate
         self.options = {"limit": arguments.limit, "num_fewshot": arguments.num_fewshot}
         self.batch_tokens = arguments.batch_tokens
         # Loading them finds unknown names and missing data before a model is read.
-        self.tasks = harness.load_tasks(arguments.tasks.split(","))
+        self.tasks = load_tasks(arguments.tasks.split(","))
 
     def measure(self, lm: shared.LanguageModel) -> dict[str, Any]:
-        adapter = self.harness.DecoderLM(lm.decoder, lm.tokenizer, batch_tokens=self.batch_tokens)
+        adapter = self.adapter(lm.decoder, lm.tokenizer, batch_tokens=self.batch_tokens)
         with contextlib.redirect_stdout(sys.stderr):
-            return self.harness.evaluate(adapter, self.tasks, **self.options)
+            return self.evaluate(adapter, self.tasks, **self.options)
 
     def table(self, columns: dict[str, Any]) -> None:
         rows = {

@@ -121,8 +121,8 @@ def perplexity(
     for chosen, tokens in batches(windows, window=window, batch_tokens=batch_tokens):
         found = np.asarray(losses(tokens))
         for row, index in zip(found, chosen, strict=False):
-            document, first, last = places[index]
-            sums[document] += float(np.sum(row[first:last], dtype=np.float64))
+            i, first, last = places[index]
+            sums[i] += float(np.sum(row[first:last], dtype=np.float64))
     return Perplexity(tuple(sums), tuple(len(d) + len(prefix) - 1 for d in documents))
 
 

@@ -35,11 +35,15 @@ class Scorer:
         graph, state = nnx.split(model)
         self._weights, tree = jax.tree.flatten(state)
 
-        def score(weights, tokens):
+        def score(weights, tokens, ends=None):
             model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
             with jax.default_matmul_precision("highest"):  # GPUs would round float32 to TensorFloat-32
                 hidden, _ = model.hidden(tokens)
-                return _score_rows(model.logits, hidden[:, :-1], tokens[:, 1:])
+                found = _score_rows(model.logits, hidden[:, :-1], tokens[:, 1:])
+                if ends is None:
+                    return found
+                last = jnp.take_along_axis(hidden, ends[:, None, None] - 1, axis=1)[:, 0]
+                return *found, jax.nn.log_softmax(model.logits(last), axis=-1)
 
         self._score = jax.jit(score)
 
@@ -52,6 +56,14 @@ class Scorer:
         likelier, bool [B, T - 1].
         """
         return self._score(self._weights, tokens)
+
+    def score_next(self, tokens: Any, ends: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`score`, and log p(the token after the first ends[b] of row b), float32 [B, vocabulary].
+
+        Args:
+          tokens: [B, T] int32. ends: [B] int32, in 1 .. T.
+        """
+        return self._score(self._weights, tokens, ends)
 
 
 def _score_rows(head: Any, hidden: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
