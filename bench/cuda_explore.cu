@@ -62,6 +62,11 @@ __global__ void fill_half(__half* p, size_t n, uint32_t seed, float scale) {
     p[i] = __float2half(uniform((uint32_t)i, seed) * scale);
 }
 
+__global__ void to_bfloat16(__nv_bfloat16* to, const __half* from, size_t n) {
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+    to[i] = __float2bfloat16(__half2float(from[i]));
+}
+
 __global__ void __launch_bounds__(256) read_only(const uint4* p, size_t n, uint32_t* out) {
   uint32_t acc = 0;
   const size_t step = (size_t)gridDim.x * 256;
@@ -142,19 +147,106 @@ struct Variant {
 };
 
 template <template <int, typename, typename, int, int, bool> class MathOf, int kTT, int kWarps, int kStages,
-          int kBps>
+          int kBps, typename T = __half, int G = 128>
 Variant make(const char* name) {
-  constexpr int G = 128;
-  using Math = MathOf<2, __half, __half, kTT, G, false>;
+  using Math = MathOf<2, T, T, kTT, G, false>;
   return {name,
-          (const void*)decode_kernel<Math, 2, __half, __half, G, false, kWarps, kStages, true, kBps>,
+          (const void*)decode_kernel<Math, 2, T, T, G, false, kWarps, kStages, true, kBps>,
           kWarps,
           kBps,
           kStages,
           Math::kTokens,
           [](int rows, int upr) {
-            return DecodeSmem<Math, 2, kWarps, kStages, false, 2>::total_bytes(rows, upr);
+            return DecodeSmem<Math, 2, kWarps, kStages, false, sizeof(T)>::total_bytes(rows, upr);
           }};
+}
+
+// The same kernels with other types and group sizes, in graphs and launched one by one ("K,N,M,kernel,type,group,
+// microseconds in a graph, without one"). Only timed: the tests check what they compute.
+void time_types(char* pool, size_t pool_bytes, const __half* x, void* y, int sms) {
+  const size_t x_size = 8 * 8192;
+  __nv_bfloat16* x_bfloat16;
+  CHECK(cudaMalloc(&x_bfloat16, x_size * 2));
+  to_bfloat16<<<64, 256>>>(x_bfloat16, x, x_size);
+  CHECK(cudaDeviceSynchronize());
+  struct Typed {
+    Variant slices, floats;
+    const char* type;
+    int group;  // 0: one for all of K
+  };
+#define TYPED(T, NAME, G, GROUP)                                                                      \
+  {                                                                                                   \
+    make<SliceMath, 1, 16, 4, 1, T, G>("s1w16s4b1"), make<FloatMath, 1, 16, 3, 1, T, G>("f1w16s3b1"), \
+        NAME, GROUP                                                                                   \
+  }
+  const Typed all[] = {
+      TYPED(__half, "float16", 128, 128),         TYPED(__half, "float16", 64, 64),
+      TYPED(__half, "float16", 32, 32),           TYPED(__half, "float16", 128, 0),
+      TYPED(__nv_bfloat16, "bfloat16", 128, 128), TYPED(__nv_bfloat16, "bfloat16", 64, 64),
+      TYPED(__nv_bfloat16, "bfloat16", 32, 32),   TYPED(__nv_bfloat16, "bfloat16", 128, 0)};
+#undef TYPED
+  const struct {
+    int k, n, m, ranks;
+  } cases[] = {{4096, 4096, 1, 1}, {4096, 28672, 1, 1}, {8192, 57344, 1, 1},
+               {4096, 4096, 8, 2}, {4096, 28672, 8, 1}, {8192, 57344, 8, 1}};
+  for (const auto& c : cases) {
+    for (const Typed& typed : all) {
+      const Variant& v = c.m <= 2 ? typed.slices : typed.floats;
+      const int n_blocks = ceil_div(c.n, 32);
+      const size_t word_bytes = (size_t)ceil_div(c.k, 64) * n_blocks * 512;
+      const size_t bytes = word_bytes + (size_t)(typed.group ? c.k / typed.group : 1) * c.n * 2;
+      const int copies = std::min(pool_bytes / bytes, std::max<size_t>(2, ((size_t)300 << 20) / bytes + 1));
+      const int launches = std::max(copies, 12) / copies * copies;
+      DecodeArgs args = {};
+      args.x = typed.type[0] == 'b' ? (const void*)x_bfloat16 : x;
+      args.y = y, args.m = c.m, args.n = c.n, args.k = c.k;
+      args.k_blocks = ceil_div(c.k, 64), args.n_blocks = n_blocks,
+      args.group_stride = typed.group ? c.n : 0;
+      cut_work(args, c.ranks, std::min(n_blocks, sms / c.ranks), v.warps);
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(c.ranks, std::min(n_blocks, sms / c.ranks));
+      config.blockDim = dim3(v.warps * 32);
+      config.dynamicSmemBytes = v.smem(c.m, args.units_per_rank);
+      cudaLaunchAttribute attr = {};
+      attr.id = cudaLaunchAttributeClusterDimension;
+      attr.val.clusterDim = {(unsigned)c.ranks, 1, 1};
+      config.attrs = &attr;
+      config.numAttrs = c.ranks > 1;
+      CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 config.dynamicSmemBytes));
+      auto launch = [&](int i, cudaStream_t s) {
+        DecodeArgs a = args;
+        a.words = (const uint4*)(pool + (i % copies) * bytes);
+        a.scales = pool + (i % copies) * bytes + word_bytes;
+        cudaLaunchConfig_t here = config;
+        here.stream = s;
+        void* params[] = {&a};
+        CHECK(cudaLaunchKernelExC(&here, v.kernel, params));
+      };
+      const float graph_us = graph_time_us(launches, launch);
+      cudaStream_t stream;
+      cudaEvent_t begin, end;
+      CHECK(cudaStreamCreate(&stream));
+      CHECK(cudaEventCreate(&begin));
+      CHECK(cudaEventCreate(&end));
+      std::vector<float> times;
+      for (int r = 0; r < 8; ++r) {
+        CHECK(cudaEventRecord(begin, stream));
+        for (int i = 0; i < launches; ++i) launch(i, stream);
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaStreamSynchronize(stream));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, begin, end));
+        if (r > 0) times.push_back(ms * 1000.f / launches);
+      }
+      std::sort(times.begin(), times.end());
+      std::printf("# types: %d,%d,%d,%s,%s,%d,%.2f,%.2f\n", c.k, c.n, c.m, v.name, typed.type, typed.group,
+                  graph_us, times[times.size() / 2]);
+      CHECK(cudaEventDestroy(begin));
+      CHECK(cudaEventDestroy(end));
+      CHECK(cudaStreamDestroy(stream));
+    }
+  }
 }
 
 int main(int argc, char** argv) {
@@ -165,13 +257,11 @@ int main(int argc, char** argv) {
   const int sms = prop.multiProcessorCount;
   std::printf("# %s, %d SMs\n", prop.name, sms);
   std::vector<Variant> variants = {
-      make<SliceMath, 1, 16, 4, 1>("s1w16s4b1"), make<SliceMath, 1, 20, 4, 1>("s1w20s4b1"),
-      make<SliceMath, 2, 16, 4, 1>("s2w16s4b1"), make<SliceMath, 2, 20, 4, 1>("s2w20s4b1"),
-      make<FloatMath, 1, 16, 4, 1>("f1w16s4b1"), make<FloatMath, 1, 20, 3, 1>("f1w20s3b1"),
-      make<FloatMath, 1, 16, 3, 1>("f1w16s3b1"), make<FloatMath, 1, 24, 3, 1>("f1w24s3b1"),
-      make<FloatMath, 1, 8, 4, 2>("f1w8s4b2"),   make<FloatMath, 2, 16, 3, 1>("f2w16s3b1"),
-      make<FloatMath, 2, 12, 3, 1>("f2w12s3b1"), make<FloatMath, 2, 8, 3, 2>("f2w8s3b2"),
-      make<FloatMath, 2, 14, 3, 1>("f2w14s3b1")};
+      make<SliceMath, 1, 16, 4, 1>("s1w16s4b1"), make<SliceMath, 2, 16, 4, 1>("s2w16s4b1"),
+      make<FloatMath, 1, 16, 3, 1>("f1w16s3b1"), make<FloatMath, 2, 12, 3, 1>("f2w12s3b1"),
+      // Not compiled into the library: two smaller blocks a multiprocessor, more warps.
+      make<SliceMath, 1, 8, 4, 2>("s1w8s4b2"), make<FloatMath, 1, 8, 4, 2>("f1w8s4b2"),
+      make<FloatMath, 1, 20, 3, 1>("f1w20s3b1"), make<FloatMath, 2, 8, 3, 2>("f2w8s3b2")};
 
   // cuBLAS by dlopen: prototypes stated here, so that no header is needed.
   void* lib = dlopen("libcublas.so.13", RTLD_NOW);
@@ -234,7 +324,7 @@ int main(int argc, char** argv) {
                                                              bytes / 16, (uint32_t*)y);
                           }));
     }
-    for (int m : {1, 2, 4, 8, 16, 32}) {
+    for (int m : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}) {
       float cublas_us = 0;
       if (gemm) {
         const size_t dense = (size_t)k * n * 2;
@@ -272,7 +362,7 @@ int main(int argc, char** argv) {
             int slots = sms * v.blocks_per_sm;
             if (ranks > 1) {
               cudaLaunchConfig_t config = {};
-              config.gridDim = dim3(sms * v.blocks_per_sm / ranks * ranks);
+              config.gridDim = dim3(ranks, sms * v.blocks_per_sm / ranks);
               config.blockDim = dim3(v.warps * 32);
               config.dynamicSmemBytes = smem;
               cudaLaunchAttribute attr[1];
@@ -289,17 +379,17 @@ int main(int argc, char** argv) {
               if (strcmp(id, only)) continue;
             }
             const int clusters = std::min(n_blocks, slots);
-            const int each = ceil_div(n_blocks, clusters);
-            const int at_once = ceil_div(each, ceil_div(each, v.warps));
-            DecodeArgs args{x,        nullptr,  nullptr, nullptr, y,     m,   n,      k,
-                            k_blocks, n_blocks, n,       false,   ranks, upr, at_once};
+            DecodeArgs args = {};
+            args.x = x, args.y = y, args.m = m, args.n = n, args.k = k;
+            args.k_blocks = k_blocks, args.n_blocks = n_blocks, args.group_stride = n;
+            cut_work(args, ranks, clusters, v.warps);
             auto launch = [&](int i, cudaStream_t s) {
               DecodeArgs a = args;
               char* base = pool + (i % copies) * bytes;
               a.words = (const uint4*)base;
               a.scales = base + word_bytes;
               cudaLaunchConfig_t config = {};
-              config.gridDim = dim3(clusters * ranks, ceil_div(m, v.tokens));
+              config.gridDim = dim3(ranks, clusters, ceil_div(m, v.tokens));
               config.blockDim = dim3(v.warps * 32);
               config.dynamicSmemBytes = smem;
               config.stream = s;
@@ -336,4 +426,5 @@ int main(int argc, char** argv) {
       std::fflush(stdout);
     }
   }
+  if (!only) time_types(pool, pool_bytes, x, y, sms);
 }

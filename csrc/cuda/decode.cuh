@@ -16,6 +16,9 @@
 // warps drift apart. The packed words are the A operand (rows are output features, columns k), tokens
 // are B's columns.
 //
+// A launch lasts 3 to 40 us, and all warps of a multiprocessor run what comes before the first words and after the
+// last ones: there 100 instructions take 0.2 us, so the host does the divisions and addresses stay short.
+//
 // Without clusters (before sm_90) the thread blocks that share an n-block write one part of the result
 // each, in float32, and add_parts adds them up.
 //
@@ -24,8 +27,11 @@
 // order, so the same inputs give the same bits.
 #pragma once
 
+#include <algorithm>
+
 #include "../problem.h"
 #include "decode_math.cuh"
+#include "outputs.cuh"
 #include "ptx.cuh"
 
 namespace jax_trirun::cuda {
@@ -40,12 +46,34 @@ struct DecodeArgs {
   int k_blocks, n_blocks;  // blocks of the packed array
   int group_stride;        // elements from one row of scales to the next: N, or 0 with a single group
   bool y_is_f32;
-  int ranks;             // thread blocks that share an n-block, each with a slice of K
-  int units_per_rank;    // units of kUnitK in a slice
+
+  // How the work is cut, see cut_work. The grid is (thread blocks that share an n-block, each with a slice
+  // of K: ranks; clusters; tiles of tokens).
+  int units;             // of kUnitK in K
+  int units_per_rank;    // in a slice
+  uint32_t unit_magic;   // position / units_per_rank = the high word of position * unit_magic; 0 for 1
+  int blocks_each;       // n-blocks of a cluster ..
+  int blocks_extra;      // .. the first few of which have one more
   int n_blocks_at_once;  // at most as many as a thread block has warps
+  int log_blocks;        // 2^log_blocks >= n_blocks_at_once
 };
 
-// Shared memory of one block, in this order: x as Math wants it, rings, partial sums.
+// Fills in the work's cut for `ranks` slices of K in each of `clusters` clusters of blocks of `warps` warps.
+inline void cut_work(DecodeArgs& args, int ranks, int clusters, int warps) {
+  args.units = static_cast<int>(ceil_div(args.k, kUnitK));
+  args.units_per_rank = static_cast<int>(ceil_div(args.units, ranks));
+  const uint64_t divisor = std::max(args.units_per_rank, 1);
+  args.unit_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor);
+  args.blocks_each = args.n_blocks / clusters;
+  args.blocks_extra = args.n_blocks % clusters;
+  const int most = static_cast<int>(ceil_div(args.n_blocks, clusters));
+  args.n_blocks_at_once = static_cast<int>(ceil_div(most, ceil_div(most, warps)));
+  args.log_blocks = 0;
+  while (1 << args.log_blocks < args.n_blocks_at_once) ++args.log_blocks;
+}
+
+// Shared memory of one block, in this order: x as Math wants it, rings, partial sums, where they lie, the barrier
+// that x arrives at.
 template <typename Math, int bits, int kWarps, int kStages, bool kHasZeros, int kScaleBytes>
 struct DecodeSmem {
   static constexpr int kBlocksPerUnit = kUnitK / Layout<bits>::kBlockK;
@@ -58,25 +86,13 @@ struct DecodeSmem {
   static constexpr int kPartialStride = Layout<bits>::kBlockN + 4;
   static constexpr int kPartialFloats = Math::kTokens * kPartialStride;
   static constexpr int kPartialsPerWarp = 2;
+  static constexpr int kPartialBytes = kWarps * kPartialsPerWarp * kPartialFloats * 4;
 
   static __host__ __device__ int total_bytes(int rows, int units_per_rank) {
-    return Math::bytes(rows, units_per_rank) + kRingBytes + kWarps * kPartialsPerWarp * kPartialFloats * 4;
+    return Math::bytes(rows, units_per_rank) + kRingBytes + kPartialBytes +
+           (kWarps + 1) * static_cast<int>(sizeof(int4));
   }
 };
-
-template <typename T>
-__device__ __forceinline__ void store_outputs(void* y, int64_t index, const float4& v, bool as_f32) {
-  if (as_f32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(y) + index) = v;
-  } else {
-    T packed[4] = {static_cast<T>(v.x), static_cast<T>(v.y), static_cast<T>(v.z), static_cast<T>(v.w)};
-    *reinterpret_cast<uint2*>(static_cast<T*>(y) + index) = *reinterpret_cast<uint2*>(packed);
-  }
-}
-
-__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
-  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
-}
 
 // What the values of a token that its digits do not hold (Math::left_out) add to four features, from the
 // words in memory. Slow and rare.
@@ -88,8 +104,9 @@ __device__ __forceinline__ float4 sum_of_left_out(const DecodeArgs& args, const 
   const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(slice.first_token + token) * args.k;
   const float* powers = Math::powers_of(x_shared, slice, token);
   for (int unit = 0; unit < slice.units; ++unit) {
-    if (powers[unit] > 0.f) continue;
-    const float down = -powers[unit];
+    const float power = powers[unit];
+    if (power > 0.f) continue;
+    const float down = -power;
     const float up = 1.f / down;
     const int begin = (slice.first_unit + unit) * kUnitK;
     for (int k = begin; k < min(args.k, begin + kUnitK); ++k) {
@@ -115,7 +132,8 @@ __device__ __forceinline__ float4 sum_of_left_out(const DecodeArgs& args, const 
 
 template <typename Math, int bits, typename T, typename S, int kGroupSize, bool kHasZeros, int kWarps,
           int kStages, bool kCluster, int kBlocksPerSm>
-__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const DecodeArgs args) {
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
+    decode_kernel(const __grid_constant__ DecodeArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kCluster) __trap();  // never launched there; the rest vanishes
   if constexpr (kCluster) return;
@@ -126,118 +144,123 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
   extern __shared__ __align__(128) char smem[];
 
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
+  const int warp =
+      __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // which the compiler then knows to be uniform
   const int g = lane / 4;
   const int t = lane % 4;
-  const int ranks = args.ranks;  // a cluster, or without clusters a part of the result each
-  const int rank = blockIdx.x % ranks;
-  const int cluster = blockIdx.x / ranks;
-  const int clusters = gridDim.x / ranks;
+  const int ranks = gridDim.x;  // a cluster, or without clusters a part of the result each
+  const int rank = blockIdx.x;
+  const int cluster = blockIdx.y;
 
-  const int units = static_cast<int>(ceil_div(args.k, kUnitK));
   const int rank_units = args.units_per_rank;
   const int rank_begin = rank * rank_units;
-  const int rank_real_units = max(0, min(rank_units, units - rank_begin));  // the last rank may have fewer
-  const int first_block = static_cast<int>(static_cast<int64_t>(args.n_blocks) * cluster / clusters);
-  const int end_block = static_cast<int>(static_cast<int64_t>(args.n_blocks) * (cluster + 1) / clusters);
-  const int first_token = blockIdx.y * Math::kTokens;
+  const int rank_real_units = max(0, min(rank_units, args.units - rank_begin));  // the last may have fewer
+  const int first_block = cluster * args.blocks_each + min(cluster, args.blocks_extra);
+  const int end_block = first_block + args.blocks_each + (cluster < args.blocks_extra ? 1 : 0);
+  const int first_token = blockIdx.z * Math::kTokens;
   const XSlice slice = {args.x,     args.k,          first_token, min(args.m - first_token, Math::kTokens),
                         rank_begin, rank_real_units, rank_units};
 
   char* const x_shared = smem;
   char* const ring_shared = x_shared + Math::bytes(slice.rows, rank_units);
   float* const partial_shared = reinterpret_cast<float*>(ring_shared + Smem::kRingBytes);
+  int4* const pieces_shared = reinterpret_cast<int4*>(ring_shared + Smem::kRingBytes + Smem::kPartialBytes);
+  const uint32_t x_barrier = shared_address(pieces_shared + kWarps);
   const uint32_t ring = shared_address(ring_shared) + warp * kStages * Smem::kStageBytes;
 
   // The line of units of the n-blocks from `block` on that are worked on together, and where a warp's
   // piece of it begins; one past the last warp it is the line's end.
   auto blocks_from = [&](int block) { return min(args.n_blocks_at_once, end_block - block); };
-  auto piece_begin = [&](int line, int warp) { return line * warp / kWarps; };
+  auto piece_begin = [&](int line, int warp) {
+    return static_cast<int>(static_cast<uint32_t>(line * warp) / kWarps);
+  };
   auto owner = [&](int line, int position) { return ((position + 1) * kWarps - 1) / line; };
+  auto n_block_at = [&](int position) {
+    return args.unit_magic == 0 ? position : static_cast<int>(__umulhi(position, args.unit_magic));
+  };
 
   // ---- the named steps ----
 
-  // The producer's place: the next (n-block, unit) this warp will ask for. Pointers only ever move by
-  // constants; aim_fetch does the rest: at the next n-block, at the next line, and where K ends inside a
-  // unit. What lies outside the matrix is clamped to something inside it: words past K meet zeros of x,
-  // features past N are not written.
-  constexpr int kUint4sPerBlock = L::kWordsPerBlock / 4;
-  const int64_t word_row = static_cast<int64_t>(args.n_blocks) * kUint4sPerBlock;
+  // A warp's piece of a line: units of one n-block, then perhaps of the next.
+  struct Piece {
+    int n_block, unit;  // where it begins; n-blocks counted from the line's first
+    int count;          // of units of n_block
+    int more;           // of units of n_block + 1
+  };
+  auto piece_of = [&](int line) {
+    const int begin = piece_begin(line, warp);
+    const int n_block = n_block_at(begin);
+    const int unit = begin - n_block * rank_units;
+    const int count = piece_begin(line, warp + 1) - begin;
+    const int in_first = min(count, rank_units - unit);
+    return Piece{n_block, unit, in_first, count - in_first};
+  };
+
+  // The producer's place: what this warp will ask for next. Pointers move by constants within an n-block.
+  // What lies outside the matrix is not copied, and the ring keeps whatever was there: words past K meet zeros
+  // of x, features past N are not written.
+  const int64_t word_row = static_cast<int64_t>(args.n_blocks) * Smem::kBlockBytes;
   const int64_t scale_step =
       static_cast<int64_t>(args.group_stride) * kGroups * static_cast<int>(sizeof(S));
-  const int short_unit = units * Smem::kBlocksPerUnit > args.k_blocks ? units - 1 - rank_begin : -1;
   const uint32_t lane_words = opaque(lane * 16);
   const uint32_t lane_scales =
       opaque(Smem::kWordBytes + t * Smem::kScaleRowBytes + g * 4 * static_cast<int>(sizeof(S)));
   const uint32_t ring_end = ring + kStages * Smem::kStageBytes;
-  int fetch_first = first_block - args.n_blocks_at_once;  // of the n-blocks worked on together
-  int fetch_position = 0;                                 // in their line
-  int fetch_end = 0;                                      // of this warp's piece
+  int fetch_first = first_block;  // of the n-blocks worked on together
+  int fetch_block = 0;
   int fetch_unit = 0;
-  int fetch_run = 0;  // units until pointers need more than their constant step; 0 after the last one
+  int fetch_left = 0;  // units of this n-block
+  int fetch_more = 0;  // units of the next one
+  bool fetch_scale = false;
   uint32_t fetch_stage = ring;
-  const uint4* fetch_words = nullptr;
+  const char* fetch_words = nullptr;
   const char* fetch_scales = nullptr;
   const char* fetch_zeros = nullptr;
-  int64_t fetch_block_step = 0;  // from the unit's first block to the next, 0 where there is none
+  auto aim_at = [&](int n_block, int unit, int count) {
+    fetch_block = n_block;
+    fetch_unit = rank_begin + unit;
+    fetch_left = min(count, rank_real_units - unit);
+    const int n = n_block * L::kBlockN + 4 * g;
+    fetch_scale = t < kGroups && n < args.n;
+    const uint32_t block =
+        static_cast<uint32_t>(fetch_unit * Smem::kBlocksPerUnit) * args.n_blocks + n_block;
+    fetch_words = reinterpret_cast<const char*>(args.words) +
+                  (static_cast<uint64_t>(block) * Smem::kBlockBytes + lane * 16);
+    const int64_t at = static_cast<int64_t>(fetch_unit * kGroups + t) * args.group_stride + n;
+    fetch_scales = static_cast<const char*>(args.scales) + at * static_cast<int>(sizeof(S));
+    if constexpr (kHasZeros)
+      fetch_zeros = static_cast<const char*>(args.zeros) + at * static_cast<int>(sizeof(S));
+  };
   auto aim_fetch = [&] {
-    while (true) {
-      if (fetch_position == fetch_end) {  // the next line
+    const Piece piece = piece_of(blocks_from(fetch_first) * rank_units);
+    aim_at(fetch_first + piece.n_block, piece.unit, piece.count);
+    fetch_more = piece.more;
+  };
+  auto aim_next = [&] {
+    while (fetch_left <= 0) {
+      if (fetch_more > 0) {
+        aim_at(fetch_block + 1, 0, fetch_more);
+        fetch_more = 0;
+      } else {  // the next line
         fetch_first += args.n_blocks_at_once;
         if (fetch_first >= end_block) return;
-        const int line = blocks_from(fetch_first) * rank_units;
-        fetch_position = piece_begin(line, warp);
-        fetch_end = piece_begin(line, warp + 1);
-        continue;
+        aim_fetch();
       }
-      const int n_block = fetch_first + fetch_position / rank_units;
-      fetch_unit = fetch_position % rank_units;
-      fetch_run = min(rank_units - fetch_unit, fetch_end - fetch_position);
-      const int real = min(fetch_run, rank_real_units - fetch_unit);
-      if (real <= 0) {  // past K
-        fetch_position += fetch_run;
-        fetch_run = 0;
-        continue;
-      }
-      const bool is_short = fetch_unit == short_unit;
-      fetch_block_step = is_short ? 0 : word_row;
-      const bool meets_short = fetch_unit < short_unit && short_unit < fetch_unit + real;
-      fetch_run = is_short ? 1 : meets_short ? short_unit - fetch_unit : real;
-      fetch_position +=
-          is_short || meets_short ? fetch_run : min(rank_units - fetch_unit, fetch_end - fetch_position);
-      const int unit = rank_begin + fetch_unit;
-      fetch_words = args.words + unit * Smem::kBlocksPerUnit * word_row + n_block * kUint4sPerBlock + lane;
-      const int n = min(n_block * L::kBlockN + 4 * g, args.n - 4);
-      const int64_t at = static_cast<int64_t>(unit * kGroups + t % kGroups) * args.group_stride + n;
-      fetch_scales = static_cast<const char*>(args.scales) + at * static_cast<int>(sizeof(S));
-      if constexpr (kHasZeros)
-        fetch_zeros = static_cast<const char*>(args.zeros) + at * static_cast<int>(sizeof(S));
-      return;
     }
   };
-  aim_fetch();
   auto fetch = [&] {
-    if (fetch_run > 0) {
-      copy_async<16>(fetch_stage + lane_words, fetch_words);
-      static_assert(Smem::kBlocksPerUnit == 2 || Smem::kBlocksPerUnit == 4);
-      copy_async<16>(fetch_stage + lane_words + Smem::kBlockBytes, fetch_words + fetch_block_step);
-      if constexpr (Smem::kBlocksPerUnit == 4) {
-        // 4-bit codes: K may end after any block.
+    if (fetch_left > 0) {
 #pragma unroll
-        for (int i = 2; i < 4; ++i) {
-          const bool real = (rank_begin + fetch_unit) * 4 + i < args.k_blocks;
-          copy_async<16>(fetch_stage + lane_words + i * Smem::kBlockBytes,
-                         fetch_words + (real ? i * word_row : 0));
-        }
+      for (int i = 0; i < Smem::kBlocksPerUnit; ++i) {
+        if (i == 0 || fetch_unit * Smem::kBlocksPerUnit + i < args.k_blocks)  // K may end inside a unit
+          copy_async<16>(fetch_stage + lane_words + i * Smem::kBlockBytes, fetch_words + i * word_row);
       }
       // Lane t of a g brings the unit's t-th group.
-      const bool real_group = kGroups == 1 || (rank_begin + fetch_unit) * kUnitK + t * kGroupSize < args.k;
-      if (t < kGroups && real_group) {
+      if (fetch_scale && (kGroups == 1 || fetch_unit * kUnitK + t * kGroupSize < args.k)) {
         copy_async<4 * sizeof(S)>(fetch_stage + lane_scales, fetch_scales);
-        if constexpr (kHasZeros) {
+        if constexpr (kHasZeros)
           copy_async<4 * sizeof(S)>(fetch_stage + lane_scales + kGroups * Smem::kScaleRowBytes,
                                     fetch_zeros);
-        }
       }
       fetch_words += Smem::kBlocksPerUnit * word_row;
       fetch_scales += scale_step;
@@ -245,7 +268,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
       fetch_stage += Smem::kStageBytes;
       if (fetch_stage == ring_end) fetch_stage = ring;
       ++fetch_unit;
-      if (--fetch_run == 0) aim_fetch();
+      if (--fetch_left == 0) aim_next();
     }
     commit_copies();
   };
@@ -259,91 +282,98 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
     if (use_stage == ring_end) use_stage = ring;
   };
 
-  auto partial_of = [&](int warp, int slot) {
-    return partial_shared + (warp * Smem::kPartialsPerWarp + slot) * Smem::kPartialFloats;
+  auto offset_of = [&](int warp, int slot) {
+    return (warp * Smem::kPartialsPerWarp + slot) * Smem::kPartialFloats;
   };
   auto write_partials = [&](int slot) {
-    float* to = partial_of(warp, slot) + 4 * g;
+    float* to = partial_shared + offset_of(warp, slot) + 4 * g;
     math.finish([&](int token, const float4& sums) {
       *reinterpret_cast<float4*>(to + token * Smem::kPartialStride) = sums;
     });
   };
 
-  // One item is four features of one token; those of the n-blocks from `block` on are numbered feature
-  // first.
-  constexpr int kQuads = L::kBlockN / 4;
-  struct Item {
-    int feature, token;
-    float* sum;     // of the first warp that has a piece of it: the whole sum goes here too
-    int warp, end;  // the warps that have one
+  // Which warps have a piece of an n-block: thread j writes it down for the j-th of the line, while the
+  // words are still on their way.
+  struct Pieces {
+    int offset;        // of the first warp's partial sum; the whole sum goes there too
+    int others, more;  // of the first partial sums of the warps after it, and how many
   };
-  auto item_at = [&](int block, int item) {
-    const int quads = blocks_from(block) * kQuads;
+  auto find_pieces = [&](int block) {
+    const int j = threadIdx.x;
+    if (j >= blocks_from(block)) return;
     const int line = blocks_from(block) * rank_units;
-    const int quad = item % quads;
-    const int j = quad / kQuads;
-    const int first = owner(line, j * rank_units);
-    const int slot = piece_begin(line, first) < j * rank_units;
-    const int token = item / quads;
-    return Item{(block + j) * L::kBlockN + quad % kQuads * 4, token,
-                partial_of(first, slot) + token * Smem::kPartialStride + quad % kQuads * 4, first,
-                owner(line, (j + 1) * rank_units - 1) + 1};
+    const int begin = j * rank_units;
+    const int first = owner(line, begin);
+    const int slot = piece_begin(line, first) < begin ? 1 : 0;
+    pieces_shared[j] = make_int4(offset_of(first, slot), offset_of(first + 1, 0),
+                                 owner(line, begin + rank_units - 1) - first, 0);
   };
+
+  // An item is 32 features of one token, for eight threads; items are numbered n-block first.
+  constexpr int kItemsAtOnce = kWarps * 4;
+  const int quad = threadIdx.x % 8 * 4;
   bool leaves_out = false;  // some value of this block's x is not entirely in its digits
-  auto sum_over_warps = [&](int block, const Item& item) {
-    const int line = blocks_from(block) * rank_units;
-    const int offset = item.sum - partial_of(item.warp, 0);
-    float4 sum = *reinterpret_cast<const float4*>(item.sum);
-    for (int w = item.warp + 1; w < item.end; ++w) {
-      if (piece_begin(line, w) == piece_begin(line, w + 1)) continue;
-      const float* from = partial_of(w, 0) + offset % Smem::kPartialFloats;  // its first n-block
-      sum = sum + *reinterpret_cast<const float4*>(from);
-    }
+  auto sum_over_warps = [&](int block, int j, int token) {
+    const int4 raw = pieces_shared[j];
+    const Pieces pieces = {raw.x, raw.y, raw.z};
+    const float* const at = partial_shared + token * Smem::kPartialStride + quad;
+    const float* const others = at + pieces.others;
+    float4 sum = *reinterpret_cast<const float4*>(at + pieces.offset);
+#pragma unroll 4
+    for (int i = 0; i < pieces.more; ++i)
+      sum = sum +
+            *reinterpret_cast<const float4*>(others + i * (Smem::kPartialsPerWarp * Smem::kPartialFloats));
     if constexpr (Math::kLeavesOut) {
       if (leaves_out) {
-        sum = sum + sum_of_left_out<Math, bits, T, S, kGroupSize, kHasZeros>(args, slice, x_shared,
-                                                                             item.token, item.feature);
+        sum = sum + sum_of_left_out<Math, bits, T, S, kGroupSize, kHasZeros>(
+                        args, slice, x_shared, token, (block + j) * L::kBlockN + quad);
       }
     }
     return sum;
   };
-  auto write_item = [&](const Item& item, const float4& sum) {
-    if (item.feature < args.n) {
+  auto write_item = [&](int n_block, int token, const float4& sum) {
+    const int feature = n_block * L::kBlockN + quad;
+    if (feature < args.n) {
       const int64_t part = kCluster ? 0 : static_cast<int64_t>(rank) * args.m;
-      const int64_t row = (part + first_token + item.token) * args.n;
-      store_outputs<T>(args.y, row + item.feature, sum, args.y_is_f32);
+      const int64_t row = (part + first_token + token) * args.n;
+      store_outputs<T>(args.y, row + feature, sum, args.y_is_f32);
     }
   };
 
   auto reduce_in_block = [&](int block) {
-    const int items = blocks_from(block) * kQuads * slice.rows;
+    const int blocks = blocks_from(block);
     __syncthreads();
-    for (int i = threadIdx.x; i < items; i += kWarps * 32) {
-      const Item item = item_at(block, i);
-      write_item(item, sum_over_warps(block, item));
+    for (int i = threadIdx.x / 8; i < slice.rows << args.log_blocks; i += kItemsAtOnce) {
+      const int j = i & ((1 << args.log_blocks) - 1);
+      const int token = i >> args.log_blocks;
+      if (j < blocks) write_item(block + j, token, sum_over_warps(block, j, token));
     }
-    __syncthreads();
+    if (block + args.n_blocks_at_once < end_block) __syncthreads();
   };
 
   auto reduce_in_cluster = [&](int block) {
-    const int items = blocks_from(block) * kQuads * slice.rows;
+    const int blocks = blocks_from(block);
+    const int items = slice.rows << args.log_blocks;
+    float* const sums = partial_shared + quad;
     __syncthreads();
-    for (int i = threadIdx.x; i < items; i += kWarps * 32) {
-      const Item item = item_at(block, i);
-      const float4 sum = sum_over_warps(block, item);
-      *reinterpret_cast<float4*>(item.sum) = sum;
+    for (int i = threadIdx.x / 8; i < items; i += kItemsAtOnce) {
+      const int j = i & ((1 << args.log_blocks) - 1);
+      const int token = i >> args.log_blocks;
+      if (j >= blocks) continue;
+      const float4 sum = sum_over_warps(block, j, token);
+      *reinterpret_cast<float4*>(sums + pieces_shared[j].x + token * Smem::kPartialStride) = sum;
     }
     cluster_arrive();
     cluster_wait();
-    const int share = (items + ranks - 1) / ranks;
-    const int end = min(items, (rank + 1) * share);
-    for (int i = rank * share + threadIdx.x; i < end; i += kWarps * 32) {
-      const Item item = item_at(block, i);
-      const uint32_t address = shared_address(item.sum);
+    for (int i = threadIdx.x / 8 * ranks + rank; i < items; i += kItemsAtOnce * ranks) {
+      const int j = i & ((1 << args.log_blocks) - 1);
+      const int token = i >> args.log_blocks;
+      if (j >= blocks) continue;
+      const uint32_t address = shared_address(sums + pieces_shared[j].x + token * Smem::kPartialStride);
       float4 sum = load_remote(address, 0);
 #pragma unroll 4
       for (int r = 1; r < ranks; ++r) sum = sum + load_remote(address, r);
-      write_item(item, sum);
+      write_item(block + j, token, sum);
     }
     cluster_arrive();  // the wait comes before the sums are overwritten
   };
@@ -352,41 +382,58 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) decode_kernel(const
 
   const bool in_cluster = kCluster && ranks > 1;
 
-  // Copies finish in the order they were committed: x first if it is copied, so that waiting for it
-  // leaves the words in flight; else the words, to arrive while x is worked on.
+  // x is asked for before the words, which are many and would be in its way.
+  typename Math::FirstValues first_values;
+  Math::load_first(first_values, slice);
   if constexpr (Math::kStagesByCopy) {
-    Math::stage(x_shared, slice);
-    commit_copies();
+    if constexpr (kCluster) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+      if (warp == kWarps - 1) Math::stage_bulk(x_shared, slice, x_barrier, cluster);
+#endif
+    } else {
+      Math::stage(x_shared, slice, first_values);
+      commit_copies();
+    }
   }
+  aim_fetch();
+  aim_next();
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fetch();
-  if constexpr (Math::kStagesByCopy) {
-    wait_for_copies<kStages - 1>();
+  find_pieces(first_block);
+  if constexpr (!Math::kStagesByCopy) {
+    leaves_out = __syncthreads_or(Math::stage(x_shared, slice, first_values));
+  } else if constexpr (kCluster) {
+    Math::stage_rest(x_shared, slice);
+    __syncthreads();
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    barrier_wait(x_barrier, 0);
+#endif
   } else {
-    leaves_out = Math::stage(x_shared, slice);
+    wait_for_copies<kStages - 1>();  // leaves the words in flight
+    __syncthreads();
   }
-  leaves_out = __syncthreads_or(leaves_out);
   Math::stage_sums(x_shared, slice);
 
   for (int block = first_block; block < end_block; block += args.n_blocks_at_once) {
-    const int line = blocks_from(block) * rank_units;
-    const int piece_end = piece_begin(line, warp + 1);
     if (in_cluster && block != first_block) cluster_wait();  // the others have read the last sums
-    int slot = 0;
-    for (int position = piece_begin(line, warp); position < piece_end;) {
-      const int unit_begin = position % rank_units;
-      const int count = min(rank_units - unit_begin, piece_end - position);
-      const int unit_end = min(unit_begin + count, rank_real_units);
-      math.begin(unit_begin);
-      for (int unit = unit_begin; unit < unit_end; ++unit) {
+    if (block != first_block) find_pieces(block);
+    const Piece piece = piece_of(blocks_from(block) * rank_units);
+    int unit = piece.unit;
+    int count = piece.count;
+    // A warp without a piece (of a short line) leaves a sum too: zero.
+    for (int slot = 0; slot == 0 || (slot == 1 && count > 0); ++slot) {
+      const int end = min(unit + count, rank_real_units);
+      math.begin(unit);
+      for (; unit < end; ++unit) {
         wait_for_copies<kStages - 2>();
         __syncwarp();
         multiply_unit(unit);
         __syncwarp();
         fetch();
       }
-      write_partials(slot++);
-      position += count;
+      write_partials(slot);
+      unit = 0;
+      count = piece.more;
     }
     if (in_cluster) {
       reduce_in_cluster(block);

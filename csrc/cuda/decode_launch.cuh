@@ -11,6 +11,8 @@
 
 namespace jax_trirun::cuda {
 
+inline constexpr int kMostClusters = 65535;  // in a grid's second dimension
+
 template <DecodeKernel kernel, typename T, typename S, int kGroupSize, bool kHasZeros>
 struct DecodeInstance {
   static constexpr DecodeShape kShape = shape_of(kernel);
@@ -54,21 +56,18 @@ struct DecodeInstance {
     // As many clusters as run at the same time: each takes the same share of the n-blocks.
     int slots = std::max(1, launch.sms * kBlocksPerSm / plan.ranks);
     if (config.numAttrs != 0) {
-      config.gridDim = dim3(slots * plan.ranks);
+      config.gridDim = dim3(plan.ranks, slots);
       error = cudaOccupancyMaxActiveClusters(&slots, function, &config);
       if (error != cudaSuccess) return describe("cudaOccupancyMaxActiveClusters", error);
       if (slots == 0) return kDoesNotFit;
     }
-    const int clusters = std::min(args.n_blocks, slots);
-    const int each = static_cast<int>(ceil_div(args.n_blocks, clusters));
-    args.n_blocks_at_once = static_cast<int>(ceil_div(each, ceil_div(each, kShape.warps)));
-    args.ranks = plan.ranks;
-    args.units_per_rank = plan.units_per_rank;
+    const int clusters = std::min({args.n_blocks, slots, kMostClusters});
+    cut_work(args, plan.ranks, clusters, kShape.warps);
     const bool in_parts = !kShape.cluster && plan.ranks > 1;
     void* const y = args.y;
     const bool y_is_f32 = args.y_is_f32;
     if (in_parts) args.y = launch.scratch, args.y_is_f32 = true;
-    config.gridDim = dim3(clusters * plan.ranks, static_cast<unsigned>(ceil_div(args.m, Math::kTokens)));
+    config.gridDim = dim3(plan.ranks, clusters, static_cast<unsigned>(ceil_div(args.m, Math::kTokens)));
     error = cudaLaunchKernelEx(&config, function, args);
     if (error != cudaSuccess) return describe("launching the decode kernel", error);
     if (in_parts) {

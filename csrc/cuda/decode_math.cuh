@@ -17,6 +17,7 @@
 
 #include "../problem.h"
 #include "dequantize.cuh"
+#include "hopper.cuh"
 #include "ptx.cuh"
 
 namespace jax_trirun::cuda {
@@ -85,6 +86,8 @@ struct FloatMath {
   static constexpr int kBlocks = kUnitK / L::kBlockK;
 
   static constexpr bool kStagesByCopy = true;
+  struct FirstValues {};  // nothing: copies are asynchronous anyway
+  static __device__ void load_first(FirstValues&, const XSlice&) {}
 
   // 16 more bytes than a multiple of 128, so that ldmatrix's eight rows miss each other.
   static __host__ __device__ int stride(int units) { return units * kUnitK * 2 + 16; }
@@ -96,7 +99,7 @@ struct FloatMath {
   }
 
   // x goes to shared memory as it is. Asynchronous: the caller commits, waits and synchronises.
-  static __device__ void stage(char* shared, const XSlice& slice) {
+  static __device__ bool stage(char* shared, const XSlice& slice, const FirstValues&) {
     const int chunks = slice.units * (kUnitK / 8);
     const int row_bytes = stride(slice.stored_units);
     for (int row = 0; row < slice.rows; ++row) {
@@ -109,6 +112,51 @@ struct FloatMath {
       }
     }
     write_zeros<kZeroBytes>(shared + slice.rows * row_bytes);
+    return false;  // nothing is left out
+  }
+
+  // The same by the copy engine, for one warp; the bytes arrive at `barrier`, which is initialised here. All
+  // blocks want the same x: each begins somewhere else, `turn`, so that they do not queue for the same part of L2.
+  static __device__ void stage_bulk(char* shared, const XSlice& slice, uint32_t barrier, int turn) {
+    constexpr int kPiece = 2048;
+    const int lane = threadIdx.x % 32;
+    const int bytes = real_bytes(slice);
+    if (lane == 0) {
+      barrier_init(barrier, 1);
+      barrier_init_fence();
+      barrier_arrive_expecting(barrier, slice.rows * bytes);
+    }
+    __syncwarp();
+    const int pieces = (bytes + kPiece - 1) / kPiece;
+    if (pieces == 0) return;
+    // The lanes share the rows out first, then their pieces.
+    constexpr int kLanesPerRow = 32 / kTokens;
+    const int row = lane % kTokens;
+    if (row >= slice.rows) return;
+    const char* from = reinterpret_cast<const char*>(
+        static_cast<const T*>(slice.x) +
+        (static_cast<int64_t>(slice.first_token + row) * slice.k + slice.first_unit * kUnitK));
+    const uint32_t to = shared_address(shared) + row * stride(slice.stored_units);
+    int piece = (turn + lane / kTokens) % pieces;
+    for (int i = lane / kTokens; i < pieces; i += kLanesPerRow) {
+      copy_bulk(to + piece * kPiece, from + piece * kPiece, min(kPiece, bytes - piece * kPiece), barrier);
+      piece += kLanesPerRow;
+      while (piece >= pieces) piece -= pieces;
+    }
+  }
+  // What no copy brings: zeros past K and for rows that do not exist.
+  static __device__ void stage_rest(char* shared, const XSlice& slice) {
+    const int row_bytes = stride(slice.stored_units);
+    const int bytes = real_bytes(slice);
+    for (int at = bytes + threadIdx.x * 16; at < slice.units * kUnitK * 2; at += blockDim.x * 16) {
+      for (int row = 0; row < slice.rows; ++row)
+        *reinterpret_cast<uint4*>(shared + row * row_bytes + at) = make_uint4(0, 0, 0, 0);
+    }
+    write_zeros<kZeroBytes>(shared + slice.rows * row_bytes);
+  }
+  static __device__ int real_bytes(const XSlice& slice) {  // of a row
+    return max(0, min(slice.k - slice.first_unit * kUnitK, slice.units * kUnitK)) *
+           static_cast<int>(sizeof(T));
   }
 
   // With zeros, sum(x) of every group, once x is there.
@@ -287,8 +335,8 @@ struct SliceMath {
   static constexpr int kStartsPerGroup = kColumnTiles * kMmaColumns / 2;  // int4s: one a t and tile
 
   // Shared memory: the digits, one row a (token, digit); what the sums of a group start from, minus the
-  // sum of its digits, for the two columns and the two features of a lane's accumulator; for every
-  // token and unit its power of two; a flag a token: not all of it is finite.
+  // sum of its values, for the two columns and the two features of a lane's accumulator (all of it in the
+  // first of two columns, which are added anyway); for every token and unit its power of two.
   static __host__ __device__ int stride(int units) { return units * kUnitK + 16; }
   static __host__ __device__ int sums_offset(int rows, int units) {
     return (rows * kDigits * stride(units) + kZeroBytes + 127) / 128 * 128;
@@ -312,112 +360,154 @@ struct SliceMath {
            token * slice.stored_units;
   }
 
-  // Returns whether this thread met a value that is not entirely in the digits.
-  static __device__ bool stage(char* shared, const XSlice& slice) {
-    const int lane = threadIdx.x % 32;
-    const int warps = blockDim.x / 32;
-    const int row_bytes = stride(slice.stored_units);
+  // Cutting: a warp takes two units of a token at a time, a lane eight neighbouring values. The first two such
+  // loads are issued before the words are asked for: behind those they would wait for some 2,500 clocks.
+  static constexpr int kUnitsAtOnce = 2;
+  struct FirstValues {
+    uint4 task[2];
+  };
+
+  // Which token, and which of its units, a warp cuts.
+  struct Task {
+    int token, unit;
+    __device__ __forceinline__ void advance(const XSlice& slice) {
+      unit += blockDim.x / 32 * kUnitsAtOnce;
+      if (unit >= slice.units) unit = threadIdx.x / 32 * kUnitsAtOnce, ++token;
+    }
+    __device__ __forceinline__ bool is_real(const XSlice& slice) const { return token < slice.rows; }
+  };
+  static __device__ __forceinline__ Task first_task(const XSlice& slice) {
+    const int unit = threadIdx.x / 32 * kUnitsAtOnce;
+    return {unit < slice.units ? 0 : slice.rows, unit};
+  }
+  static __device__ __forceinline__ uint4 load(const XSlice& slice, const Task& task) {
+    const int k = task.unit * kUnitK + threadIdx.x % 32 * 8;
+    const int begin = slice.first_unit * kUnitK;
+    const T* row =
+        static_cast<const T*>(slice.x) + (static_cast<int64_t>(slice.first_token) * slice.k + begin);
+    uint4 raw = make_uint4(0, 0, 0, 0);
+    if (task.is_real(slice) && k < min(slice.k - begin, slice.units * kUnitK))
+      raw = __ldg(reinterpret_cast<const uint4*>(row + (task.token * slice.k + k)));
+    return raw;
+  }
+  static __device__ __forceinline__ void load_first(FirstValues& first, const XSlice& slice) {
+    Task task = first_task(slice);
+    first.task[0] = load(slice, task);
+    task.advance(slice);
+    first.task[1] = load(slice, task);
+  }
+
+  // Returns whether this thread's warp met a value that is not entirely in the digits.
+  static __device__ bool stage(char* shared, const XSlice& slice, const FirstValues& first) {
+    write_zeros<kZeroBytes>(shared + slice.rows * kDigits * stride(slice.stored_units));
     bool leaves_out = false;
-    write_zeros<kZeroBytes>(shared + slice.rows * kDigits * row_bytes);
-    // A warp takes four units of a token at a time; eight lanes share a unit, 16 of K each.
-    const int fours = (slice.units + 3) / 4;
-    for (int task = threadIdx.x / 32; task < slice.rows * fours; task += warps) {
-      const int token = task / fours;
-      const int unit = task % fours * 4 + lane / 8;
-      const T* from =
-          static_cast<const T*>(slice.x) + static_cast<int64_t>(slice.first_token + token) * slice.k;
-      const int k = (slice.first_unit + unit) * kUnitK + lane % 8 * 16;
-      float v[16];
-      load_8(v, from + k, unit < slice.units && k < slice.k);
-      load_8(v + 8, from + k + 8, unit < slice.units && k + 8 < slice.k);
-      leaves_out |= stage_chunk(shared, slice, token, unit, v);
+    uint4 now = first.task[0], next = first.task[1];
+    Task task = first_task(slice);
+    Task ahead = task;
+    ahead.advance(slice);
+#pragma unroll 1
+    while (task.is_real(slice)) {
+      ahead.advance(slice);
+      const uint4 later = load(slice, ahead);
+      leaves_out |= cut(shared, slice, task, now);
+      now = next, next = later;
+      task.advance(slice);
+    }
+    return leaves_out;
+  }
+
+  static __device__ __forceinline__ bool cut(char* shared, const XSlice& slice, const Task& task,
+                                             const uint4& raw) {
+    const int lane = threadIdx.x % 32;
+    // Byte j of word t of a digit's row is k = 2t + {0, 8, 1, 9}[j], as in a packed word (layout.h): two
+    // neighbouring lanes have all of 16 values, and make two of the four words each.
+    const bool odd = lane % 2 == 1;
+    const uint32_t other[2] = {__shfl_xor_sync(0xffffffffu, odd ? raw.x : raw.z, 1),
+                               __shfl_xor_sync(0xffffffffu, odd ? raw.y : raw.w, 1)};
+    const uint32_t pair[4] = {odd ? other[0] : raw.x,
+                              odd ? raw.z : other[0],  // of the first word: k, k + 8
+                              odd ? other[1] : raw.y, odd ? raw.w : other[1]};
+    float v[8];
+    uint32_t largest = 0;  // magnitudes are ordered like their bits
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v[i] = static_cast<float>(reinterpret_cast<const T*>(pair)[i]);
+      largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
+    }
+    bool leaves_out = false;
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (largest >= 0x7f800000u) {  // Inf or NaN: left out
+      leaves_out = true;
+      largest = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (!(fabsf(v[i]) <= kLargestFloat)) v[i] = 0.f;
+        largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
+      }
+      largest = __reduce_max_sync(0xffffffffu, largest);
+    }
+    // A power of two that brings the largest below 2^30; it and its inverse are normal numbers.
+    const uint32_t exponent = max(largest >> 23, 30u);
+    const float up = __uint_as_float((283 - exponent) << 23);
+    const float down = __uint_as_float((exponent - 29) << 23);
+    uint32_t fixed[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // Balanced digits: adding 128 to each of the lower three makes bytes of them.
+      const float scaled = v[i] * up;
+      const int whole = __float2int_rn(scaled);
+      leaves_out |= __int2float_rn(whole) != scaled;
+      fixed[i] = static_cast<uint32_t>(whole) + 0x00808080u;
+    }
+    leaves_out = __any_sync(0xffffffffu, leaves_out);
+    uint32_t digit[kDigits][2];
+    int sum[2] = {0, 0};  // of the number that the lower two digits make, and of that of the higher two
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t low01 = __byte_perm(fixed[4 * w], fixed[4 * w + 2], 0x5140);   // digits 0, 0', 1, 1'
+      const uint32_t high01 = __byte_perm(fixed[4 * w], fixed[4 * w + 2], 0x7362);  // digits 2, 2', 3, 3'
+      const uint32_t low23 = __byte_perm(fixed[4 * w + 1], fixed[4 * w + 3], 0x5140);
+      const uint32_t high23 = __byte_perm(fixed[4 * w + 1], fixed[4 * w + 3], 0x7362);
+      digit[0][w] = __byte_perm(low01, low23, 0x5410) ^ 0x80808080u;
+      digit[1][w] = __byte_perm(low01, low23, 0x7632) ^ 0x80808080u;
+      digit[2][w] = __byte_perm(high01, high23, 0x5410) ^ 0x80808080u;
+      digit[3][w] = __byte_perm(high01, high23, 0x7632);
+    }
+#pragma unroll
+    for (int d = kDigits - 1; d >= 0; --d) {
+      if (d % 2 == 0) sum[d / 2] *= 256;
+      sum[d / 2] = __dp4a(static_cast<int>(digit[d][0]), 0x01010101, sum[d / 2]);
+      sum[d / 2] = __dp4a(static_cast<int>(digit[d][1]), 0x01010101, sum[d / 2]);
+    }
+    constexpr int kLanesPerGroup = kGroupSize / 8;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int step = 1; step < kLanesPerGroup; step *= 2)
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+    }
+    if (task.unit + lane / 16 < slice.units) {
+      const int row_bytes = stride(slice.stored_units);
+      char* const to = shared + task.token * kDigits * row_bytes + task.unit * kUnitK + lane * 8;
+#pragma unroll
+      for (int d = 0; d < kDigits; ++d)
+        *reinterpret_cast<uint2*>(to + d * row_bytes) = make_uint2(digit[d][0], digit[d][1]);
+      if (lane % kLanesPerGroup == 0) {
+        int4* const start = reinterpret_cast<int4*>(shared + sums_offset(slice.rows, slice.stored_units)) +
+                            (task.unit * kGroups + lane / kLanesPerGroup) * kStartsPerGroup +
+                            task.token * kDigits / 2;
+        start[0] = make_int4(-sum[0], 0, -sum[0] * kOddFactor, 0);
+        start[1] = make_int4(-sum[1], 0, -sum[1] * kOddFactor, 0);
+      }
+      if (lane % 16 == 0) {
+        float* const powers =
+            reinterpret_cast<float*>(shared + powers_offset(slice.rows, slice.stored_units));
+        powers[task.token * slice.stored_units + task.unit + lane / 16] = leaves_out ? -down : down;
+      }
     }
     return leaves_out;
   }
   static __device__ void stage_sums(char*, const XSlice&) {}
-
-  static __device__ __forceinline__ void load_8(float* to, const T* from, bool real) {
-    constexpr int kLoads = 8 * sizeof(T) / 16;
-    uint4 raw[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      raw[i] = real ? reinterpret_cast<const uint4*>(from)[i] : make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(reinterpret_cast<const T*>(raw)[i]);
-  }
-
-  // 16 of K of one token; the eight lanes of a unit come here together.
-  static __device__ __forceinline__ bool stage_chunk(char* shared, const XSlice& slice, int token, int unit,
-                                                     float (&v)[16]) {
-    const int lane = threadIdx.x % 32;
-    const int row_bytes = stride(slice.stored_units);
-    float* powers = reinterpret_cast<float*>(shared + powers_offset(slice.rows, slice.stored_units));
-    int* starts = reinterpret_cast<int*>(shared + sums_offset(slice.rows, slice.stored_units));
-    float largest = 0.f;
-    bool leaves_out = false;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      if (!(fabsf(v[j]) <= kLargestFloat)) v[j] = 0.f, leaves_out = true;
-      largest = fmaxf(largest, fabsf(v[j]));
-    }
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    // 2^power brings the largest below 2^30. Both it and its inverse stay normal numbers.
-    const int power = max(-126, min(126, 29 - (static_cast<int>(__float_as_uint(largest) >> 23) - 127)));
-    const float up = __uint_as_float(static_cast<uint32_t>(power + 127) << 23);
-    const float down = __uint_as_float(static_cast<uint32_t>(127 - power) << 23);
-    // Byte j of word t of a digit's row is k = 2t + {0, 8, 1, 9}[j], as in a packed word (layout.h).
-    uint32_t digit[kDigits][4];
-    int sum[kDigits] = {0, 0, 0, 0};
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      uint32_t fixed[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        // Balanced digits: adding 128 to each of the lower three makes bytes of them.
-        const float scaled = v[2 * t + j / 2 + 8 * (j % 2)] * up;
-        const int whole = __float2int_rn(scaled);
-        leaves_out |= __int2float_rn(whole) != scaled;
-        fixed[j] = (static_cast<uint32_t>(whole) + 0x00808080u) ^ 0x00808080u;
-      }
-      const uint32_t low01 = __byte_perm(fixed[0], fixed[1], 0x5140);   // digits 0, 0', 1, 1'
-      const uint32_t high01 = __byte_perm(fixed[0], fixed[1], 0x7362);  // digits 2, 2', 3, 3'
-      const uint32_t low23 = __byte_perm(fixed[2], fixed[3], 0x5140);
-      const uint32_t high23 = __byte_perm(fixed[2], fixed[3], 0x7362);
-      digit[0][t] = __byte_perm(low01, low23, 0x5410);
-      digit[1][t] = __byte_perm(low01, low23, 0x7632);
-      digit[2][t] = __byte_perm(high01, high23, 0x5410);
-      digit[3][t] = __byte_perm(high01, high23, 0x7632);
-#pragma unroll
-      for (int d = 0; d < kDigits; ++d) sum[d] = __dp4a(static_cast<int>(digit[d][t]), 0x01010101, sum[d]);
-    }
-    constexpr int kLanesPerGroup = kGroupSize / 16;
-#pragma unroll
-    for (int d = 0; d < kDigits; ++d) {
-#pragma unroll
-      for (int step = 1; step < kLanesPerGroup; step *= 2)
-        sum[d] += __shfl_xor_sync(0xffffffffu, sum[d], step);
-    }
-    const bool unit_leaves_out = __ballot_sync(0xffffffffu, leaves_out) >> (lane / 8 * 8) & 0xffu;
-    if (unit >= slice.units) return false;
-    if (lane % 8 == 0) powers[token * slice.stored_units + unit] = unit_leaves_out ? -down : down;
-#pragma unroll
-    for (int d = 0; d < kDigits; ++d) {
-      char* const to = shared + (token * kDigits + d) * row_bytes + unit * kUnitK + lane % 8 * 16;
-      *reinterpret_cast<uint4*>(to) = make_uint4(digit[d][0], digit[d][1], digit[d][2], digit[d][3]);
-    }
-    if (lane % kLanesPerGroup == 0) {
-      const int group = unit * kGroups + lane % 8 / kLanesPerGroup;
-#pragma unroll
-      for (int d = 0; d < kDigits; ++d) {
-        int* const start = starts + (group * kStartsPerGroup + (token * kDigits + d) / 2) * 4 + d % 2;
-        start[0] = -sum[d];
-        start[2] = -sum[d] * kOddFactor;
-      }
-    }
-    return leaves_out;
-  }
 
   const char* shared;
   const XSlice slice;

@@ -51,15 +51,17 @@ struct DecodePlan {
   int units_per_rank = 0;
 };
 
+// Whether every multiprocessor has several n-blocks of its own (4096 x 28672 and wider, on 132 of them). Else the
+// blocks of a cluster share n-blocks: each needs less of x, which is worth adding their sums.
+inline bool is_wide(const Problem& problem, int sms) { return problem.n_blocks<2>() >= 3 * sms; }
+
 // The kernel for M tokens of an N x K problem on a GPU with `sms` multiprocessors.
 inline DecodeKernel choose_decode_kernel(const Problem& problem, int sms, bool portable) {
   if (portable) return problem.m <= 8 ? DecodeKernel::kFloat1Portable : DecodeKernel::kFloat2Portable;
-  if (problem.m > 8) return DecodeKernel::kFloat2;
-  // Cutting activations into digits takes longer than copying them, and pays from about 128 kB of packed
-  // words for every multiprocessor on (4096 x 28672 does, 14336 x 4096 does not).
-  const int64_t bytes_per_sm = problem.words<2>() * 4 / std::max(sms, 1);
-  if (problem.m > 4 || bytes_per_sm < 128 * 1024) return DecodeKernel::kFloat1;
-  return problem.m <= 2 ? DecodeKernel::kSlices1 : DecodeKernel::kSlices2;
+  if (problem.m <= 2) return DecodeKernel::kSlices1;
+  // Cutting more activations into digits takes long, and pays where many words meet them.
+  if (problem.m <= 4 && is_wide(problem, sms)) return DecodeKernel::kSlices2;
+  return problem.m <= 8 ? DecodeKernel::kFloat1 : DecodeKernel::kFloat2;
 }
 
 // The smallest split of K (a power of two for clusters) whose slice of x fits `shared_memory`, as
@@ -73,9 +75,11 @@ DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int
     const int units_per_rank = static_cast<int>(ceil_div(units, ranks));
     if (units_per_rank * (ranks - 1) >= units && ranks > 1) continue;  // a rank without work
     if (bytes_of(units_per_rank) > shared_memory) continue;
-    // Digits of very long rows are better cut by two blocks than by one.
     const bool slices = kernel == DecodeKernel::kSlices1 || kernel == DecodeKernel::kSlices2;
-    if (slices && units_per_rank > 128 && ranks < 8) continue;
+    if (cluster && !is_wide(problem, sms) && ranks < 8) {
+      // Digits take long to cut: 64 units of two rows' are as much as one block should. 16-bit floats are only copied.
+      if (slices ? units_per_rank * problem.m > 64 : ranks < 2 && units >= 2) continue;
+    }
     // Too few n-blocks for the multiprocessors: split K further, while a warp keeps a unit of its own.
     const bool idle = cluster && problem.n_blocks<2>() * ranks * 2 <= sms + sms / 8;
     if (idle && ranks < 8 && units_per_rank >= 2 * shape_of(kernel).warps) continue;
