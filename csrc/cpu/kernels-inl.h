@@ -36,7 +36,8 @@ constexpr int kVectors = kColumns / kLanes;
 constexpr int kPairs = kBlockK / 2;  // tables of a block
 constexpr int kEntries = 16;         // of a table
 constexpr int kStepK = 8;            // p of one (kk, t)
-constexpr int kSegmentBlocks = 16;   // 1024 k are summed before they join the total
+constexpr int kSteps = kBlockK / kStepK;
+constexpr int kSegmentBlocks = 16;  // 1024 k are summed before they join the total
 constexpr int kCacheLineWords = 16;
 
 // The word of (kk, t) at g = i = 0, and the lowest bit of a code inside it.
@@ -195,58 +196,68 @@ inline void decode_step(const uint32_t* lanes, const F32* zeros, Use&& use) {
   decode_position<kZeros, 7>(words, zeros, use);
 }
 
-// What a group has in one row of blocks: all their k, or half when groups are 32 long.
+// What a group has in one block: all its k, or half when groups are 32 long.
 struct Piece {
-  int begin, end;       // p
-  const float* scales;  // [32] for each block, even columns first
-  const float* zeros;   // the same, or null
+  int begin, end;  // p
+  int64_t group;
 };
 
-// A region's blocks of one k_block.
-struct Row {
+// One block, and the two that come after it: below it, and next in the walk.
+struct Block {
   int64_t k_block;
-  const uint32_t* lanes;  // [n_blocks][128], transposed
-  const uint32_t* next;   // [n_blocks][128], the words below
+  int64_t n_block;
+  const uint32_t* lanes;  // transposed
+  const uint32_t* below;  // words, to be asked for
+  const uint32_t* next;   // words, to be transposed into next_lanes
+  uint32_t* next_lanes;
+
+  // Kernels call this for the steps they do, and so transpose the next block while they multiply: the two
+  // keep different units of a processor busy.
+  //
+  // The words below are far away: too far for the hardware to guess. Each step asks for one cache line of
+  // them, because memory takes a limited number of requests at a time. They come into L2 and not into L1:
+  // on Zen 4, requests for L1 wait for one of its few miss buffers, and one row took a fifth longer.
+  void before_step(int step) const {
+    static_assert(kWordsPerBlock / kCacheLineWords == kSteps, "a block has a line a step");
+    constexpr int kRead = 0, kIntoL2 = 2;
+    __builtin_prefetch(below + step * kCacheLineWords, kRead, kIntoL2);
+    if (step % (kSteps / 2) == 0) transpose_half(next, next_lanes, step / (kSteps / 2));
+  }
 };
 
-// The words of the next row of blocks are far away: too far for the hardware to guess. Each step of a
-// block asks for one cache line of them, because memory takes a limited number of requests at a time.
-// They come into L2 and not into L1: on Zen 4, requests for L1 wait for one of its few miss buffers, and
-// one row took a fifth longer.
-inline void prefetch_line(const uint32_t* next, int step) {
-  static_assert(kWordsPerBlock / kCacheLineWords == kBlockK / kStepK, "a block has a line a step");
-  constexpr int kRead = 0, kIntoL2 = 2;
-  __builtin_prefetch(next + step * kCacheLineWords, kRead, kIntoL2);
+inline void load_scales(const KernelArgs& args, const Block& block, const Piece& piece, float* scales) {
+  load_columns(args.scales, args.scale_type, args, piece.group, block.n_block, scales);
 }
 
-inline void load_zeros(const Piece& piece, int64_t c, F32* zeros) {
-  for (int i = 0; i < 2 * kVectors; ++i) {
-    zeros[i] = load(piece.zeros + c * kBlockN + i * kLanes);
-  }
+inline void load_zeros(const KernelArgs& args, const Block& block, const Piece& piece, F32* zeros) {
+  alignas(64) float buffer[kBlockN];
+  load_columns(args.zeros, args.zero_type, args, piece.group, block.n_block, buffer);
+  for (int i = 0; i < 2 * kVectors; ++i) zeros[i] = load(buffer + i * kLanes);
 }
 
 inline void add_scaled(F32 scale, F32 value, float* sum) { store(sum, fma(scale, value, load(sum))); }
 
 // Few rows: every level goes straight from its word into the sums.
 template <int rows, bool kZeros>
-void add_fused(const Row& row, int64_t c, const float* x, const Piece& piece, float* sums) {
-  const uint32_t* const lanes = row.lanes + c * kWordsPerBlock;
-  const float* const scales = piece.scales + c * kBlockN;
+inline void add_fused(const KernelArgs& args, const Block& block, const Piece& piece, const float* x,
+                      float* sums) {
   F32 zeros[2 * kVectors];
-  if constexpr (kZeros) load_zeros(piece, c, zeros);
+  if constexpr (kZeros) load_zeros(args, block, piece, zeros);
   F32 acc[rows][2 * kVectors];
   for (int r = 0; r < rows; ++r) {
     for (int i = 0; i < 2 * kVectors; ++i) acc[r][i] = zero();
   }
   for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
-    prefetch_line(row.next + c * kWordsPerBlock, step);
+    block.before_step(step);
     const float* const x_step = x + step * kStepK * rows;
-    decode_step<kZeros>(lanes + step * kColumns, zeros, [&](int p, int i, F32 level) {
+    decode_step<kZeros>(block.lanes + step * kColumns, zeros, [&](int p, int i, F32 level) {
       for (int r = 0; r < rows; ++r) {
         acc[r][i] = fma(level, splat(x_step[p * rows + r]), acc[r][i]);
       }
     });
   }
+  alignas(64) float scales[kBlockN];
+  load_scales(args, block, piece, scales);
   for (int r = 0; r < rows; ++r) {
     for (int i = 0; i < 2 * kVectors; ++i) {
       add_scaled(load(scales + i * kLanes), acc[r][i], sums + r * kBlockN + i * kLanes);
@@ -256,21 +267,19 @@ void add_fused(const Row& row, int64_t c, const float* x, const Piece& piece, fl
 
 // Many rows: the levels of a piece, [p][32], even columns first.
 template <bool kZeros>
-void decode_panel(const Row& row, int64_t c, const Piece& piece, float* panel) {
-  const uint32_t* const lanes = row.lanes + c * kWordsPerBlock;
+inline void decode_panel(const KernelArgs& args, const Block& block, const Piece& piece, float* panel) {
   F32 zeros[2 * kVectors];
-  if constexpr (kZeros) load_zeros(piece, c, zeros);
+  if constexpr (kZeros) load_zeros(args, block, piece, zeros);
   for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
-    prefetch_line(row.next + c * kWordsPerBlock, step);
+    block.before_step(step);
     float* const out = panel + step * kStepK * kBlockN;
-    decode_step<kZeros>(lanes + step * kColumns, zeros,
+    decode_step<kZeros>(block.lanes + step * kColumns, zeros,
                         [&](int p, int i, F32 level) { store(out + p * kBlockN + i * kLanes, level); });
   }
 }
 
 template <int rows>
-void add_panel(const float* panel, const float* x, const Piece& piece, int64_t c, float* sums) {
-  const float* const scales = piece.scales + c * kBlockN;
+void add_panel(const float* panel, const float* x, const Piece& piece, const float* scales, float* sums) {
   constexpr int kWidth = kMicroVectors * kLanes;
   static_assert(kBlockN % kWidth == 0, "the micro-kernel's columns divide the block's");
   for (int n = 0; n < kBlockN; n += kWidth) {
@@ -295,64 +304,56 @@ void add_panel(const float* panel, const float* x, const Piece& piece, int64_t c
   }
 }
 
-// The pieces of one block of k, without their scales; returns how many there are.
-inline int pieces_of(const KernelArgs& args, int64_t k_block, Piece* pieces, int64_t* groups) {
+// The pieces of one row of blocks; returns how many there are.
+inline int pieces_of(const KernelArgs& args, int64_t k_block, Piece* pieces) {
   const int64_t k = k_block * kBlockK;
   const bool halves = args.groups > 1 && args.group_size < kBlockK;
-  pieces[0] = {0, halves ? kBlockK / 2 : kBlockK, nullptr, nullptr};
-  pieces[1] = {kBlockK / 2, kBlockK, nullptr, nullptr};
-  groups[0] = args.groups > 1 ? k / args.group_size : 0;
-  groups[1] = groups[0] + 1;
-  return halves && groups[1] < args.groups ? 2 : 1;
+  const int64_t group = args.groups > 1 ? k / args.group_size : 0;
+  pieces[0] = {0, halves ? kBlockK / 2 : kBlockK, group};
+  pieces[1] = {kBlockK / 2, kBlockK, group + 1};
+  return halves && group + 1 < args.groups ? 2 : 1;
 }
 
 // Walks a region: k outermost, so that the columns of the region share x, and neighbouring blocks
-// of words are read one after the other. add_row(row, piece, sums) adds one piece of a row of
-// blocks to sums [n_blocks][rows][32].
-template <class AddRow>
-inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row) {
+// of words are read one after the other.
+//   begin_row(k_block)             before the blocks of a row;
+//   add_piece(block, piece, sums)  adds a piece of a block to sums [rows][32], and calls
+//                                  block.before_step for every step of the piece.
+template <class BeginRow, class AddPiece>
+inline void walk(const KernelArgs& args, const Region& region, BeginRow&& begin_row, AddPiece&& add_piece) {
   alignas(64) float totals[kMaxRowBlocks * kBlockN];
   alignas(64) float sums[kMaxRowBlocks * kBlockN];
-  alignas(64) uint32_t lanes[kMaxRegionBlocks * kWordsPerBlock];
-  alignas(64) float scales[kMaxRegionBlocks * kBlockN];
-  alignas(64) float zeros[kMaxRegionBlocks * kBlockN];
+  alignas(64) uint32_t lanes[2][kWordsPerBlock];  // of this block and of the next
   const int64_t row_floats = region.rows * kBlockN;
   const int64_t floats = region.n_blocks * row_floats;
   std::memset(totals, 0, floats * sizeof(float));
 
-  const auto words_of = [&](int64_t k_block) {
-    return args.words + (k_block * args.n_blocks + region.n_block) * kWordsPerBlock;
-  };
-  const auto load_row = [&](const void* array, DType type, int64_t group, float* out) {
-    for (int64_t c = 0; c < region.n_blocks; ++c) {
-      load_columns(array, type, args, group, region.n_block + c, out + c * kBlockN);
-    }
-  };
-  const auto add_k_block = [&](int64_t k_block) {
-    for (int64_t c = 0; c < region.n_blocks; ++c) {
-      transpose_block(words_of(k_block) + c * kWordsPerBlock, lanes + c * kWordsPerBlock);
-    }
-    const Row row = {k_block, lanes, words_of(k_block + 1 < args.k_blocks ? k_block + 1 : k_block)};
+  int now = 0;
+  const auto add_row = [&](int64_t k_block) {
+    const int64_t row_words = args.n_blocks * kWordsPerBlock;
+    const uint32_t* const row = args.words + k_block * row_words + region.n_block * kWordsPerBlock;
+    const uint32_t* const row_below = k_block + 1 < args.k_blocks ? row + row_words : row;
     Piece pieces[2];
-    int64_t groups[2];
-    const int count = pieces_of(args, k_block, pieces, groups);
-    for (int i = 0; i < count; ++i) {
-      Piece& piece = pieces[i];
-      load_row(args.scales, args.scale_type, groups[i], scales);
-      piece.scales = scales;
-      if (args.zeros != nullptr) {
-        load_row(args.zeros, args.zero_type, groups[i], zeros);
-        piece.zeros = zeros;
-      }
-      add_row(row, piece, sums);
+    const int count = pieces_of(args, k_block, pieces);
+    begin_row(k_block);
+    for (int64_t c = 0; c < region.n_blocks; ++c) {
+      const uint32_t* const next = c + 1 < region.n_blocks ? row + (c + 1) * kWordsPerBlock : row_below;
+      const Block block = {k_block, region.n_block + c, lanes[now], row_below + c * kWordsPerBlock,
+                           next,    lanes[1 - now]};
+      for (int i = 0; i < count; ++i) add_piece(block, pieces[i], sums + c * row_floats);
+      for (int step = pieces[count - 1].end / kStepK; step < kSteps; ++step) block.before_step(step);
+      now = 1 - now;
     }
   };
 
+  for (int half = 0; half < 2; ++half) {
+    transpose_half(args.words + region.n_block * kWordsPerBlock, lanes[now], half);
+  }
   for (int64_t first = 0; first < args.k_blocks; first += kSegmentBlocks) {
     const int64_t rest = args.k_blocks - first;
     const int64_t last = first + (rest < kSegmentBlocks ? rest : kSegmentBlocks);
     std::memset(sums, 0, floats * sizeof(float));
-    for (int64_t k_block = first; k_block < last; ++k_block) add_k_block(k_block);
+    for (int64_t k_block = first; k_block < last; ++k_block) add_row(k_block);
     for (int64_t i = 0; i < floats; i += kLanes) {
       store(totals + i, add(load(totals + i), load(sums + i)));
     }
@@ -364,17 +365,17 @@ inline void walk(const KernelArgs& args, const Region& region, AddRow&& add_row)
   }
 }
 
+inline void nothing(int64_t) {}
+
 template <int rows, bool kZeros>
 void run_fused(const KernelArgs& args, const Region& region, const float* staged) {
-  walk(args, region, [&](const Row& row, const Piece& piece, float* sums) {
-    for (int64_t c = 0; c < region.n_blocks; ++c) {
-      add_fused<rows, kZeros>(row, c, staged + row.k_block * kBlockK * rows, piece,
-                              sums + c * rows * kBlockN);
-    }
+  walk(args, region, nothing, [&](const Block& block, const Piece& piece, float* sums) {
+    add_fused<rows, kZeros>(args, block, piece, staged + block.k_block * kBlockK * rows, sums);
   });
 }
 
-using AddPanel = void (*)(const float* panel, const float* x, const Piece& piece, int64_t c, float* sums);
+using AddPanel = void (*)(const float* panel, const float* x, const Piece& piece, const float* scales,
+                          float* sums);
 
 template <int rows>
 AddPanel add_panel_of(int actual) {
@@ -388,24 +389,21 @@ AddPanel add_panel_of(int actual) {
 template <bool kZeros>
 void run_panel(const KernelArgs& args, const Region& region, int tile_rows, const float* staged) {
   alignas(64) float panel[kBlockK * kBlockN];
+  alignas(64) float scales[kBlockN];
   const int64_t last_rows = region.rows % tile_rows;
   const AddPanel add_tile = add_panel_of<kMaxRows>(tile_rows);
   const AddPanel add_last = add_panel_of<kMaxRows>(static_cast<int>(last_rows));
-  const auto add_tiles = [&](int64_t k_block, const Piece& piece, int64_t c, float* sums) {
+  walk(args, region, nothing, [&](const Block& block, const Piece& piece, float* sums) {
+    decode_panel<kZeros>(args, block, piece, panel);
+    load_scales(args, block, piece, scales);
     int64_t row = 0;
     for (; row + tile_rows <= region.rows; row += tile_rows) {
-      const float* const x = staged + (row * args.k_blocks + k_block * tile_rows) * kBlockK;
-      add_tile(panel, x, piece, c, sums + row * kBlockN);
+      const float* const x = staged + (row * args.k_blocks + block.k_block * tile_rows) * kBlockK;
+      add_tile(panel, x, piece, scales, sums + row * kBlockN);
     }
     if (last_rows > 0) {
-      const float* const x = staged + (row * args.k_blocks + k_block * last_rows) * kBlockK;
-      add_last(panel, x, piece, c, sums + row * kBlockN);
-    }
-  };
-  walk(args, region, [&](const Row& row, const Piece& piece, float* sums) {
-    for (int64_t c = 0; c < region.n_blocks; ++c) {
-      decode_panel<kZeros>(row, c, piece, panel);
-      add_tiles(row.k_block, piece, c, sums + c * region.rows * kBlockN);
+      const float* const x = staged + (row * args.k_blocks + block.k_block * last_rows) * kBlockK;
+      add_last(panel, x, piece, scales, sums + row * kBlockN);
     }
   });
 }
@@ -431,104 +429,92 @@ void run(const KernelArgs& args, const Region& region, int tile_rows, const floa
 
 #if JAX_TRIRUN_HAS_TABLES
 
-void make_tables(const float* staged, int rows, int64_t k_block, int64_t k_blocks, float* tables) {
-  const int64_t end = (k_block + k_blocks) * kPairs;
-  for (int64_t pair = k_block * kPairs; pair < end; ++pair) {
+// The tables of one block of k: [32 pairs][rows][16] from staged [64 p][rows]. Every region makes its own:
+// that costs 2 % of its time, and they never leave L1.
+template <int rows>
+void make_tables(const float* staged, float* tables) {
+  for (int pair = 0; pair < kPairs; ++pair) {
     for (int r = 0; r < rows; ++r) {
       const F32 low = splat(staged[(2 * pair) * rows + r]);
       const F32 high = splat(staged[(2 * pair + 1) * rows + r]);
-      const F32 sums = fma(low, low_levels(), mul(high, high_levels()));
-      store(tables + (pair * rows + r) * kEntries, sums);
+      store(tables + (pair * rows + r) * kEntries, fma(low, low_levels(), mul(high, high_levels())));
     }
   }
 }
 
-// One byte of every word: two neighbouring codes of an even column, and two of an odd one.
+// A step: four tables for the even columns, the same four for the odd ones.
 //
-// Every second addition is written as a multiply-add by one: the same value from other units. On Zen
-// 4, permutes and shifts share units with additions, and the mixture runs a third faster.
-template <int byte, int rows, int blocks>
-inline void add_byte(const U32* words, const float* tables, F32 one, F32 (*acc)[rows][2]) {
-  constexpr int h = byte / 2, u = byte % 2;
-  U32 even[blocks], odd[blocks];
-  for (int c = 0; c < blocks; ++c) {
-    even[c] = shift_right<shift_of(h, 0, u, 0)>(words[c]);
-    odd[c] = shift_right<shift_of(h, 1, u, 0)>(words[c]);
-  }
+// The four values of a column are added to each other before they join the sum, so that the next step need
+// not wait for four additions. Half of the additions are written as a multiply-add by one: the same value
+// from other units. On Zen 4, permutes and shifts share units with additions, and the mixture runs a third
+// faster.
+template <int rows>
+inline void add_step(const uint32_t* lanes, const float* tables, F32 one, F32 (*acc)[2]) {
+  const U32 words = opaque(load_words(lanes));  // else each shift loads them again
+  const U32 at[2][4] = {
+      {words, shift_right<shift_of(0, 0, 1, 0)>(words), shift_right<shift_of(1, 0, 0, 0)>(words),
+       shift_right<shift_of(1, 0, 1, 0)>(words)},
+      {shift_right<shift_of(0, 1, 0, 0)>(words), shift_right<shift_of(0, 1, 1, 0)>(words),
+       shift_right<shift_of(1, 1, 0, 0)>(words), shift_right<shift_of(1, 1, 1, 0)>(words)}};
   for (int r = 0; r < rows; ++r) {
-    const F32 table = load(tables + (byte * rows + r) * kEntries);
-    for (int c = 0; c < blocks; ++c) {
-      acc[c][r][0] = fma(look_up(even[c], table), one, acc[c][r][0]);
-      acc[c][r][1] = add(acc[c][r][1], look_up(odd[c], table));
+    F32 values[2][4];
+    for (int i = 0; i < 4; ++i) {
+      const F32 table = opaque(load(tables + (i * rows + r) * kEntries));
+      for (int b = 0; b < 2; ++b) values[b][i] = look_up(at[b][i], table);
     }
-  }
-}
-
-// `blocks` neighbouring blocks of columns share each table and give more independent sums.
-template <int rows, int blocks>
-void add_looked_up(const Row& row, int64_t column, const float* tables, const Piece& piece, float* sums) {
-  const uint32_t* const lanes = row.lanes + column * kWordsPerBlock;
-  const uint32_t* const next = row.next + column * kWordsPerBlock;
-  static_assert(kVectors == 1, "the lanes of a block are one vector");
-  const F32 one = opaque(splat(1.f));
-  F32 acc[blocks][rows][2];
-  for (int c = 0; c < blocks; ++c) {
-    for (int r = 0; r < rows; ++r) acc[c][r][0] = acc[c][r][1] = zero();
-  }
-  for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
-    U32 words[blocks];
-    for (int c = 0; c < blocks; ++c) {
-      words[c] = load_words(lanes + c * kWordsPerBlock + step * kColumns);
-      prefetch_line(next + c * kWordsPerBlock, step);
-    }
-    const float* const step_tables = tables + step * (kStepK / 2) * rows * kEntries;
-    add_byte<0, rows, blocks>(words, step_tables, one, acc);
-    add_byte<1, rows, blocks>(words, step_tables, one, acc);
-    add_byte<2, rows, blocks>(words, step_tables, one, acc);
-    add_byte<3, rows, blocks>(words, step_tables, one, acc);
-  }
-  for (int c = 0; c < blocks; ++c) {
-    const float* const scales = piece.scales + (column + c) * kBlockN;
-    for (int r = 0; r < rows; ++r) {
-      for (int b = 0; b < 2; ++b) {
-        add_scaled(load(scales + b * kColumns), acc[c][r][b],
-                   sums + (c * rows + r) * kBlockN + b * kColumns);
-      }
+    for (int b = 0; b < 2; ++b) {
+      const F32 low = add(values[b][0], values[b][1]);
+      const F32 high = fma(values[b][2], one, values[b][3]);
+      acc[r][b] = fma(add(low, high), one, acc[r][b]);
     }
   }
 }
 
 template <int rows>
-void run_table_rows(const KernelArgs& args, const Region& region, const float* tables) {
-  if constexpr (rows > 0) {
-    if (region.rows != rows) return run_table_rows<rows - 1>(args, region, tables);
-    constexpr int blocks = kMaxTableRows / rows > 4 ? 4 : kMaxTableRows / rows;
-    walk(args, region, [&](const Row& row, const Piece& piece, float* sums) {
-      const float* const row_tables = tables + row.k_block * kPairs * rows * kEntries;
-      int64_t c = 0;
-      for (; c + blocks <= region.n_blocks; c += blocks) {
-        add_looked_up<rows, blocks>(row, c, row_tables, piece, sums + c * rows * kBlockN);
-      }
-      for (; c < region.n_blocks; ++c) {
-        add_looked_up<rows, 1>(row, c, row_tables, piece, sums + c * rows * kBlockN);
-      }
-    });
+inline void add_looked_up(const KernelArgs& args, const Block& block, const Piece& piece,
+                          const float* tables, float* sums) {
+  static_assert(kVectors == 1, "the lanes of a block are one vector");
+  const F32 one = opaque(splat(1.f));
+  F32 acc[rows][2];
+  for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = zero();
+  for (int step = piece.begin / kStepK; step < piece.end / kStepK; ++step) {
+    block.before_step(step);
+    add_step<rows>(block.lanes + step * kColumns, tables + step * (kStepK / 2) * rows * kEntries, one, acc);
+  }
+  alignas(64) float scales[kBlockN];
+  load_scales(args, block, piece, scales);
+  for (int r = 0; r < rows; ++r) {
+    for (int b = 0; b < 2; ++b) {
+      add_scaled(load(scales + b * kColumns), acc[r][b], sums + r * kBlockN + b * kColumns);
+    }
   }
 }
 
-void run_tables(const KernelArgs& args, const Region& region, const float* tables) {
-  run_table_rows<kMaxTableRows>(args, region, tables);
+template <int rows>
+void run_table_rows(const KernelArgs& args, const Region& region, const float* staged) {
+  if constexpr (rows > 0) {
+    if (region.rows != rows) return run_table_rows<rows - 1>(args, region, staged);
+    alignas(64) float tables[kPairs * rows * kEntries];
+    walk(
+        args, region,
+        [&](int64_t k_block) { make_tables<rows>(staged + k_block * kBlockK * rows, tables); },
+        [&](const Block& block, const Piece& piece, float* sums) {
+          add_looked_up<rows>(args, block, piece, tables, sums);
+        });
+  }
+}
+
+void run_tables(const KernelArgs& args, const Region& region, const float* staged) {
+  run_table_rows<kMaxTableRows>(args, region, staged);
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, kMaxRows, kMaxTableRows, stage, make_tables, run, run_tables};
+  return {name, kMaxRows, kMaxTableRows, stage, run, run_tables};
 }
 
 #else
 
-constexpr Kernels make_kernels(const char* name) {
-  return {name, kMaxRows, 0, stage, nullptr, run, nullptr};
-}
+constexpr Kernels make_kernels(const char* name) { return {name, kMaxRows, 0, stage, run, nullptr}; }
 
 #endif
 

@@ -12,8 +12,7 @@
 //           not depend on the rows beside it.
 //   tile    up to max_rows (or max_table_rows) rows of x that share every decoded weight.
 //   staged  a tile of x in float32, [k_blocks][64 p][rows of the tile], zero beyond K.
-//   tables  for each pair of k (p = 2j, 2j + 1) the 16 sums x0 * (c0 - 1) + x1 * (c1 - 1), as
-//           [k_blocks][32 j][rows of the tile][16].
+//   tables  for each pair of k (p = 2j, 2j + 1) the 16 sums x0 * (c0 - 1) + x1 * (c1 - 1).
 //
 // Plain data only: the targets are compiled with different flags, and an inline function that
 // several of them emit could be the AVX-512 one in a program that runs without AVX-512.
@@ -45,9 +44,9 @@ struct Region {
   int64_t n_blocks;
 };
 
-// A region's sums and words lie on the stack of its task.
+// A region's sums lie on the stack of its task.
 inline constexpr int kMaxRowBlocks = 192;    // rows * n_blocks: 24 KB of sums
-inline constexpr int kMaxRegionBlocks = 16;  // n_blocks: 8 KB of words
+inline constexpr int kMaxRegionBlocks = 16;  // n_blocks: two pages of words a row
 
 struct Kernels {
   const char* name;
@@ -58,13 +57,11 @@ struct Kernels {
   // tile's first element.
   void (*stage)(const KernelArgs& args, int64_t row, int rows, int64_t k_block, int64_t k_blocks,
                 float* staged);
-  // The tables of the same blocks from the tile's staged rows.
-  void (*make_tables)(const float* staged, int rows, int64_t k_block, int64_t k_blocks, float* tables);
   // `staged`: the region's tiles one after the other; tile_rows: how the region's rows are cut, a
   // tile at a time (tiles of the same height, except that the last may be lower).
   void (*run)(const KernelArgs& args, const Region& region, int tile_rows, const float* staged);
   // One tile, no zeros.
-  void (*run_tables)(const KernelArgs& args, const Region& region, const float* tables);
+  void (*run_tables)(const KernelArgs& args, const Region& region, const float* staged);
 };
 
 // CMakeLists.txt builds the AVX ones for x86-64 and NEON for AArch64.

@@ -82,24 +82,23 @@ inline void interleave(F32 even, F32 odd, F32* a, F32* b) {
   *b = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
-// An 8 x 8 transpose of 64-bit elements, as four 4 x 4 ones.
-inline void transpose_block(const uint32_t* words, uint32_t* lanes) {
+// An 8 x 8 transpose of 64-bit elements (rows g, columns t and kk), as four 4 x 4 ones; the columns of two
+// t at a time.
+inline void transpose_half(const uint32_t* words, uint32_t* lanes, int half) {
+  const int t = 2 * half;
   for (int g = 0; g < 8; g += 4) {
-    for (int t = 0; t < 4; t += 2) {
-      const uint32_t* const in = words + 16 * g + 4 * t;
-      const __m256i r0 = load_words(in), r1 = load_words(in + 16);
-      const __m256i r2 = load_words(in + 32), r3 = load_words(in + 48);
-      const __m256i kk0_low = _mm256_unpacklo_epi64(r0, r1), kk1_low = _mm256_unpackhi_epi64(r0, r1);
-      const __m256i kk0_high = _mm256_unpacklo_epi64(r2, r3);
-      const __m256i kk1_high = _mm256_unpackhi_epi64(r2, r3);
-      const auto put = [&](int kk, int to_t, __m256i v) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 16 * (4 * kk + to_t) + 2 * g), v);
+    const uint32_t* const in = words + 16 * g + 4 * t;
+    const __m256i r0 = load_words(in), r1 = load_words(in + 16);
+    const __m256i r2 = load_words(in + 32), r3 = load_words(in + 48);
+    const auto put = [&](int kk, __m256i low, __m256i high) {
+      const auto at = [&](int to_t) {
+        return reinterpret_cast<__m256i*>(lanes + 16 * (4 * kk + to_t) + 2 * g);
       };
-      put(0, t, _mm256_permute2x128_si256(kk0_low, kk0_high, 0x20));
-      put(0, t + 1, _mm256_permute2x128_si256(kk0_low, kk0_high, 0x31));
-      put(1, t, _mm256_permute2x128_si256(kk1_low, kk1_high, 0x20));
-      put(1, t + 1, _mm256_permute2x128_si256(kk1_low, kk1_high, 0x31));
-    }
+      _mm256_storeu_si256(at(t), _mm256_permute2x128_si256(low, high, 0x20));
+      _mm256_storeu_si256(at(t + 1), _mm256_permute2x128_si256(low, high, 0x31));
+    };
+    put(0, _mm256_unpacklo_epi64(r0, r1), _mm256_unpacklo_epi64(r2, r3));
+    put(1, _mm256_unpackhi_epi64(r0, r1), _mm256_unpackhi_epi64(r2, r3));
   }
 }
 

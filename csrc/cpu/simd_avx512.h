@@ -23,8 +23,9 @@ inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 
-// A value that the compiler must not look into.
-inline F32 opaque(F32 a) {
+// A value that the compiler must not look into, and so keeps in a register.
+template <typename Vector>
+inline Vector opaque(Vector a) {
   __asm__("" : "+v"(a));
   return a;
 }
@@ -88,26 +89,23 @@ inline void interleave(F32 even, F32 odd, F32* a, F32* b) {
   *b = _mm512_permutex2var_ps(even, high, odd);
 }
 
-// An 8 x 8 transpose of 64-bit elements, in three rounds of eight shuffles: exchange single
-// elements, then pairs, then halves.
-inline void transpose_block(const uint32_t* words, uint32_t* lanes) {
-  __m512i r[8], s[8];
-  for (int g = 0; g < 8; ++g) r[g] = _mm512_loadu_si512(words + 16 * g);
-  for (int g = 0; g < 8; g += 2) {
-    s[g] = _mm512_unpacklo_epi64(r[g], r[g + 1]);      // kk = 0: t = 0, 1, 2, 3, each of g, g + 1
-    s[g + 1] = _mm512_unpackhi_epi64(r[g], r[g + 1]);  // kk = 1
-  }
-  for (int kk = 0; kk < 2; ++kk) {
-    const __m512i t02_low = _mm512_shuffle_i64x2(s[kk], s[kk + 2], 0x88);
-    const __m512i t13_low = _mm512_shuffle_i64x2(s[kk], s[kk + 2], 0xdd);
-    const __m512i t02_high = _mm512_shuffle_i64x2(s[kk + 4], s[kk + 6], 0x88);
-    const __m512i t13_high = _mm512_shuffle_i64x2(s[kk + 4], s[kk + 6], 0xdd);
-    uint32_t* const out = lanes + 64 * kk;
-    _mm512_storeu_si512(out, _mm512_shuffle_i64x2(t02_low, t02_high, 0x88));
-    _mm512_storeu_si512(out + 16, _mm512_shuffle_i64x2(t13_low, t13_high, 0x88));
-    _mm512_storeu_si512(out + 32, _mm512_shuffle_i64x2(t02_low, t02_high, 0xdd));
-    _mm512_storeu_si512(out + 48, _mm512_shuffle_i64x2(t13_low, t13_high, 0xdd));
-  }
+// An 8 x 8 transpose of 64-bit elements (rows g, columns t and kk), the columns of two t at a time: the
+// loads bring rows g and g + 2 together, the unpacks rows g and g + 1, the shuffles rows g and g + 4.
+inline void transpose_half(const uint32_t* words, uint32_t* lanes, int half) {
+  const auto rows = [&](int g) {
+    const uint32_t* const in = words + 16 * g + 8 * half;
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + 2 * 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  };
+  const __m512i r02 = rows(0), r13 = rows(1), r46 = rows(4), r57 = rows(5);
+  const auto put = [&](int kk, __m512i low, __m512i high) {
+    uint32_t* const out = lanes + 16 * (4 * kk + 2 * half);
+    _mm512_storeu_si512(out, _mm512_shuffle_i64x2(low, high, 0x88));
+    _mm512_storeu_si512(out + 16, _mm512_shuffle_i64x2(low, high, 0xdd));
+  };
+  put(0, _mm512_unpacklo_epi64(r02, r13), _mm512_unpacklo_epi64(r46, r57));
+  put(1, _mm512_unpackhi_epi64(r02, r13), _mm512_unpackhi_epi64(r46, r57));
 }
 
 }  // namespace

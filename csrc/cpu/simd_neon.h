@@ -61,10 +61,11 @@ inline void interleave(F32 even, F32 odd, F32* a, F32* b) {
   *b = vzip2q_f32(even, odd);
 }
 
-// An 8 x 8 transpose of 64-bit elements, as sixteen 2 x 2 ones.
-inline void transpose_block(const uint32_t* words, uint32_t* lanes) {
+// An 8 x 8 transpose of 64-bit elements (rows g, columns t and kk), as sixteen 2 x 2 ones; the columns of
+// two t at a time.
+inline void transpose_half(const uint32_t* words, uint32_t* lanes, int half) {
   for (int g = 0; g < 8; g += 2) {
-    for (int t = 0; t < 4; ++t) {
+    for (int t = 2 * half; t < 2 * half + 2; ++t) {
       const uint64x2_t low = vreinterpretq_u64_u32(vld1q_u32(words + 16 * g + 4 * t));
       const uint64x2_t high = vreinterpretq_u64_u32(vld1q_u32(words + 16 * (g + 1) + 4 * t));
       uint32_t* const out = lanes + 16 * t + 2 * g;

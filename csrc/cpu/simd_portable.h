@@ -113,10 +113,10 @@ inline void interleave(F32 even, F32 odd, F32* a, F32* b) {
   *b = F32{even[2], odd[2], even[3], odd[3]};
 }
 
-// An 8 x 8 transpose of 64-bit elements.
-inline void transpose_block(const uint32_t* words, uint32_t* lanes) {
+// An 8 x 8 transpose of 64-bit elements (rows g, columns t and kk), the columns of two t at a time.
+inline void transpose_half(const uint32_t* words, uint32_t* lanes, int half) {
   for (int g = 0; g < 8; ++g) {
-    for (int t = 0; t < 4; ++t) {
+    for (int t = 2 * half; t < 2 * half + 2; ++t) {
       for (int kk = 0; kk < 2; ++kk) {
         std::memcpy(lanes + 16 * (4 * kk + t) + 2 * g, words + 16 * g + 4 * t + 2 * kk, 8);
       }
