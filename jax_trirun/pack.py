@@ -1,15 +1,18 @@
 """codes <-> words: pack and unpack, as FFI calls on CPU and as plain JAX elsewhere."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from . import _ffi
 from .layout import layout
+from .partition import blocks_on_explicit_mesh, can_call_back, explicit_mesh, partitioned_blocks
 
 
 def pack(codes: Any, *, bits: int = 2) -> jax.Array:
@@ -49,7 +52,7 @@ def pack(codes: Any, *, bits: int = 2) -> jax.Array:
                 f"pack: codes must lie in 0 .. {lay.max_code} for bits={bits}, got {low} .. {high}; "
                 "codes are offsets from the zero point, not the signed weights"
             )
-    return _pack_p.bind(jnp.asarray(codes.astype(np.uint8)), bits=bits)
+    return _bind("pack", _pack_p, jnp.asarray(codes.astype(np.uint8)), *codes.shape[-2:], bits)
 
 
 def unpack(words: Any, shape: tuple[int, int], *, bits: int = 2) -> jax.Array:
@@ -79,7 +82,14 @@ def unpack(words: Any, shape: tuple[int, int], *, bits: int = 2) -> jax.Array:
         raise ValueError(
             f"unpack: words of shape {(k, n)} with bits={bits} must end in axes {want}, got {tuple(words.shape)}"
         )
-    return _unpack_p.bind(jnp.asarray(words), k=k, n=n, bits=bits)
+    return _bind("unpack", _unpack_p, jnp.asarray(words), k, n, bits)
+
+
+def _bind(where: str, primitive: Primitive, array: jax.Array, k: int, n: int, bits: int) -> jax.Array:
+    if (mesh := explicit_mesh(where, array)) is None:
+        return primitive.bind(array, k=k, n=n, bits=bits)
+    local = partial(primitive.bind, bits=bits)
+    return blocks_on_explicit_mesh(where, mesh, local, array, k=k, n=n, bits=bits, packs=primitive is _pack_p)
 
 
 def pack_reference(codes: jax.Array, *, bits: int) -> jax.Array:
@@ -104,33 +114,57 @@ def unpack_reference(words: jax.Array, *, k: int, n: int, bits: int) -> jax.Arra
     return codes.reshape(*lead, kb * lay.block_k, nb * lay.block_n)[..., :k, :n]
 
 
-def _pack_abstract(codes, *, bits):
-    return codes.update(
-        shape=(*codes.shape[:-2], *layout(bits).words_shape(*codes.shape[-2:])), dtype=np.dtype("uint32")
-    )
+def _pack_abstract(codes, *, k, n, bits):
+    return _updated(codes, (*codes.shape[:-2], *layout(bits).words_shape(k, n)), "uint32")
 
 
 def _unpack_abstract(words, *, k, n, bits):
-    return words.update(shape=(*words.shape[:-3], k, n), dtype=np.dtype("uint8"))
+    del bits
+    return _updated(words, (*words.shape[:-3], k, n), "uint8")
 
 
-def _elementwise_over_leading_axes(primitive: Primitive, abstract_eval, reference, target: str) -> None:
-    """Register what pack and unpack share: any leading axes, one operand, one result."""
+def _updated(aval, shape, dtype):
+    """The type with another shape; on a mesh only where its axes are Auto or Manual, so nothing is sharded."""
+    spec = jax.sharding.PartitionSpec(*[None] * len(shape))
+    sharding = jax.sharding.NamedSharding(aval.sharding.mesh, spec)
+    return aval.update(shape=shape, dtype=np.dtype(dtype), sharding=sharding)
+
+
+def _elementwise_over_leading_axes(
+    name: str, abstract_eval, reference, target: str, *, packs: bool
+) -> Primitive:
+    """Make what pack and unpack share: any leading axes, one operand, one result, blocks on any device.
+
+    As for matmul there are two primitives: the one that JAX transforms and, below it, a device's call.
+    """
+    primitive, call = Primitive(name), Primitive(f"{name}_call")
 
     def lower_ffi(ctx, operand, *, bits, **_):
         return jax.ffi.ffi_lowering(target)(ctx, operand, bits=np.int64(bits))
 
+    def lower_parts(ctx, operand, **params):
+        parts = partial(partitioned_blocks, call.bind, packs=packs, **params)
+        function = parts if can_call_back(name, ctx) else partial(call.bind, **params)
+        return mlir.lower_fun(function, multiple_results=False)(ctx, operand)
+
     def batch(args, dims, **params):
         return primitive.bind(jnp.moveaxis(args[0], dims[0], 0), **params), 0
 
-    primitive.def_abstract_eval(abstract_eval)
-    primitive.def_impl(lambda operand, **params: xla.apply_primitive(primitive, operand, **params))
     batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=False))
-    mlir.register_lowering(primitive, lower_ffi, platform="cpu")
+    mlir.register_lowering(primitive, lower_parts)
+    dispatch.prim_requires_devices_during_lowering.add(primitive)  # as in primitive.py
+    mlir.register_lowering(call, mlir.lower_fun(reference, multiple_results=False))
+    mlir.register_lowering(call, lower_ffi, platform="cpu")
+    for p in (primitive, call):
+        p.def_abstract_eval(abstract_eval)
+        p.def_impl(partial(xla.apply_primitive, p))
+    return primitive
 
 
-_pack_p = Primitive("jax_trirun_pack")
-_unpack_p = Primitive("jax_trirun_unpack")
-_elementwise_over_leading_axes(_pack_p, _pack_abstract, pack_reference, _ffi.PACK_TARGET)
-_elementwise_over_leading_axes(_unpack_p, _unpack_abstract, unpack_reference, _ffi.UNPACK_TARGET)
+_pack_p = _elementwise_over_leading_axes(
+    "jax_trirun_pack", _pack_abstract, lambda codes, *, bits, **_: pack_reference(codes, bits=bits),
+    _ffi.PACK_TARGET, packs=True,
+)  # fmt: skip
+_unpack_p = _elementwise_over_leading_axes(
+    "jax_trirun_unpack", _unpack_abstract, unpack_reference, _ffi.UNPACK_TARGET, packs=False
+)

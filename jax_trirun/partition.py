@@ -29,6 +29,8 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .layout import layout
@@ -212,6 +214,20 @@ def _axes_of_starts(mesh: jax.sharding.Mesh, starts: np.ndarray) -> Axes:
     return axes if regular and (told == starts).all() else ()
 
 
+# A psum whose lowering does not see the mesh of the context: with Explicit axes it would constrain the
+# sharding of the scalars that it adds, which no all-reduce can compile.
+_all_reduce_p = Primitive("jax_trirun_all_reduce")
+_all_reduce_p.def_abstract_eval(lambda y, *, axes: y)
+
+
+def _lower_all_reduce(ctx, y, *, axes):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return mlir.lower_fun(lambda y: jax.lax.psum(y, axes), multiple_results=False)(ctx, y)
+
+
+mlir.register_lowering(_all_reduce_p, _lower_all_reduce)
+
+
 class _Product(NamedTuple):
     """What the callbacks know: the call for one device's part, and the primitive's parameters."""
 
@@ -248,7 +264,7 @@ class _Product(NamedTuple):
                 *operands, k=self.weight.k // shards, transpose=self.transpose, bits=self.weight.bits,
                 out_dtype=np.dtype("float32") if summed else self.out_dtype, **dict(self.params),
             )  # fmt: skip
-            return jax.lax.psum(y, summed).astype(self.out_dtype) if summed else y
+            return _all_reduce_p.bind(y, axes=summed).astype(self.out_dtype) if summed else y
 
         return mesh, local, NamedSharding(mesh, out), tuple(NamedSharding(mesh, s) for s in operands)
 
@@ -272,7 +288,7 @@ def _matmul_rule(weight: Weight, zeros: bool, transpose: bool) -> SdyShardingRul
     operands = [(("m",), inner), (words_k, words_n, ("w",)), scales, *[scales] * zeros]
     result = (("m",), outer)
     summed = {f for dims in operands for dim in dims for f in dim} - {"m", "w", *outer}
-    return _rule(operands, result, sizes, reduction_factors=tuple(sorted(summed)))
+    return _rule(operands, result, sizes, reduction_factors=summed)
 
 
 def _factors(weight: Weight):
@@ -308,7 +324,12 @@ def _rule(operands, result, sizes: dict[str, int], **kinds) -> SdyShardingRule:
     mappings = [mapping(dims) for dims in (*operands, result)]
     whole = {dim for m in mappings for dim in m if isinstance(dim, str)}
     parts = {f for m in mappings for dim in m if not isinstance(dim, str) for f in dim}
-    kinds = {kind: tuple(f for f in factors if f in whole | parts) for kind, factors in kinds.items()}
+    order = list(
+        dict.fromkeys(f for m in mappings for dim in m for f in ((dim,) if isinstance(dim, str) else dim))
+    )
+    kinds = {
+        kind: tuple(sorted(set(factors) & set(order), key=order.index)) for kind, factors in kinds.items()
+    }
     return SdyShardingRule(
         tuple(mappings[:-1]), (mappings[-1],), **kinds, **{f: sizes[f] for f in sorted(parts - whole)}
     )
@@ -342,7 +363,94 @@ def partitioned_matmul(call: Callable, operands: Sequence[Any], *, k, transpose,
     return _custom_partitioning(product, product.whole)(*operands)
 
 
-def can_call_back(ctx: Any) -> bool:
+class _Blocks(NamedTuple):
+    """pack (codes [..., K, N] -> words) or unpack, for the callbacks: every block is a matter of its own."""
+
+    call: Callable  # (array, k=, n=, bits=) -> array, on one device
+    weight: Weight
+    lead: int  # leading axes
+    packs: bool
+
+    def whole(self, array):
+        return self.call(array, k=self.weight.k, n=self.weight.n, bits=self.weight.bits)
+
+    def place(self, array, result):
+        mesh = _fine_mesh(array)
+        sizes = dict(mesh.shape)
+        axes = [_axes_of(mesh, a) for a in (array, result) if a.sharding is not None]
+        lead = axes[0][: self.lead]
+        k, n = (_wanted([a[self.lead + i] for a in axes]) for i in (0, 1))
+        for taken in lead:
+            k, n = _without(k, taken), _without(n, taken)
+        k, n = place_blocks("pack" if self.packs else "unpack", self.weight, sizes, k, n)
+        return mesh, k, n, _block_specs([*lead, k, n], self.packs)
+
+    def partition(self, _, arrays, result):
+        mesh, k, n, (operand, out) = self.place(arrays[0], result)
+        sizes = dict(mesh.shape)
+
+        def local(array):
+            sizes_here = {"k": self.weight.k // _count(k, sizes), "n": self.weight.n // _count(n, sizes)}
+            return self.call(array, bits=self.weight.bits, **sizes_here)
+
+        return mesh, local, NamedSharding(mesh, out), (NamedSharding(mesh, operand),)
+
+    def infer(self, _, arrays, result):
+        mesh, *_, (_, out) = self.place(arrays[0], jax.ShapeDtypeStruct(result.shape, result.dtype))
+        return NamedSharding(mesh, out)
+
+    def rule(self, *_):
+        sizes, (_, words_k, _), (codes_n, words_n) = _factors(self.weight)
+        blocks = layout(self.weight.bits)
+        if self.weight.k % blocks.block_k:
+            codes_k = ("kx",)
+        else:
+            sizes |= {"k0": self.weight.k // blocks.block_k, "k1": blocks.block_k}
+            codes_k, words_k = ("k0", "k1"), ("k0",)
+        lead = [(f"b{i}",) for i in range(self.lead)]
+        words, codes = [*lead, words_k, words_n, ("w",)], [*lead, codes_k, codes_n]
+        operand, result = (codes, words) if self.packs else (words, codes)
+        return _rule([operand], result, sizes, need_replication_factors=("w",))
+
+
+def place_blocks(where: str, weight: Weight, sizes: dict[str, int], k: Axes, n: Axes) -> tuple[Axes, Axes]:
+    """The mesh axes over which K and N of a packed array can be sharded, of those that are wanted."""
+    return _cut(where, "K", k, weight, sizes), _cut(where, "N", _without(n, k), weight, sizes)
+
+
+def _block_specs(axes: Sequence[Axes], packs: bool):
+    """PartitionSpecs of the operand and the result of pack or unpack."""
+    codes = PartitionSpec(*(a or None for a in axes))
+    words = PartitionSpec(*codes, None)
+    return (codes, words) if packs else (words, codes)
+
+
+def partitioned_blocks(call: Callable, array: Any, *, k: int, n: int, bits: int, packs: bool):
+    """``call(array, k=k, n=n, bits=bits)``, pack or unpack, which XLA may partition over Auto axes."""
+    blocks = _Blocks(call, Weight(k, n, None, bits), array.ndim - (2 if packs else 3), packs)
+    return _custom_partitioning(blocks, blocks.whole)(array)
+
+
+def blocks_on_explicit_mesh(
+    where: str, mesh: Any, local: Callable, array: Any, *, k: int, n: int, bits: int, packs: bool
+) -> jax.Array:
+    """``local(array, k=k, n=n)``, pack or unpack, by parts over the mesh's Explicit axes."""
+    sizes = dict(mesh.shape)
+    *lead, k_axes, n_axes = _array_axes(array) if packs else _array_axes(array)[:-1]
+    axes = place_blocks(where, Weight(k, n, None, bits), sizes, k_axes, n_axes)
+    operand, result = _block_specs([*lead, *axes], packs)
+    sizes_here = {"k": k // _count(axes[0], sizes), "n": n // _count(axes[1], sizes)}
+    return _on_parts(
+        mesh,
+        functools.partial(local, **sizes_here),
+        functools.partial(local, k=k, n=n),
+        [array],
+        [operand],
+        result,
+    )
+
+
+def can_call_back(where: str, ctx: Any) -> bool:
     """Whether XLA's partitioner can ask, in what is being lowered.
 
     Not where an axis is manual (XLA's partitioner would end the process), nor in an exported program
@@ -355,7 +463,7 @@ def can_call_back(ctx: Any) -> bool:
         return True
     if (devices := getattr(module.axis_context, "num_devices", 1)) > 1:
         warnings.warn(
-            f"matmul: an export for {devices} devices on a mesh with Auto axes cannot be partitioned, so each "
+            f"{where}: an export for {devices} devices on a mesh with Auto axes cannot be partitioned, so each "
             "device gathers all of the operands. Use a mesh of Explicit axes (jax.make_mesh's default) or "
             "jax.shard_map, whose products stay sharded in exports",
             UserWarning,
@@ -413,21 +521,23 @@ def on_explicit_mesh(mesh: Any, local: Callable, operands: Sequence[Any], *, k: 
     lead = [axes or None for axes in lead]
     specs = [PartitionSpec(*lead, placed.k or None), words_spec, scales_spec, *[scales_spec] * len(zeros)]
     result = PartitionSpec(*lead, placed.n or None)
-    if AxisType.Auto in mesh.axis_types:  # no shard_map: what is left to XLA inside of it stays whole
-        whole = functools.partial(local, k=k, summed=())
-        explicit = tuple(
-            a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
-        )
-        return jax.sharding.auto_axes(whole, axes=explicit, out_sharding=NamedSharding(mesh, result))(
-            *operands
-        )
     part = functools.partial(local, k=k // _count(placed.k, sizes), summed=summed)
+    whole = functools.partial(local, k=k, summed=())
+    return _on_parts(mesh, part, whole, operands, specs, result)
+
+
+def _on_parts(
+    mesh: Any, part: Callable, whole: Callable, operands: Sequence[Any], specs: Sequence[Any], result: Any
+) -> jax.Array:
+    """``part`` of each device's parts of the operands; ``whole`` computes the same of whole operands."""
+    explicit = {a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+    if AxisType.Auto in mesh.axis_types:
+        # Inside shard_map no Auto axis could be made use of. XLA sees to both kinds.
+        apart = jax.sharding.auto_axes(whole, axes=tuple(explicit), out_sharding=NamedSharding(mesh, result))
+        return apart(*operands)
     operands = [jax.sharding.reshard(a, NamedSharding(mesh, s)) for a, s in zip(operands, specs, strict=True)]
     names = {}
     if AxisType.Manual in mesh.axis_types:
-        names = {
-            "axis_names": {
-                a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
-            }
-        }
+        # Keep no values from the inner shard_map for the backward pass: JAX gets their shapes wrong there.
+        names, part = {"axis_names": explicit}, jax.checkpoint(part)
     return jax.shard_map(part, mesh=mesh, in_specs=tuple(specs), out_specs=result, **names)(*operands)

@@ -118,7 +118,18 @@ def _reference(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend)
     )  # fmt: skip
 
 
-_lower_reference = mlir.lower_fun(_reference, multiple_results=False)
+def _lower_reference(ctx, *operands, **params):
+    return _lower_plainly(partial(_reference, **params), ctx, operands)
+
+
+def _lower_plainly(function, ctx, operands):
+    """function(*operands) in the module being lowered, for what one device has: no mesh, no shardings."""
+    avals_in, avals_out = (
+        [jax.core.ShapedArray(a.shape, a.dtype) for a in avals] for avals in (ctx.avals_in, ctx.avals_out)
+    )
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        lower = mlir.lower_fun(function, multiple_results=False)
+        return lower(ctx.replace(avals_in=avals_in, avals_out=avals_out), *operands)
 
 
 def ffi_reason(platform: str, params: dict, x: Any, scales: Any, zeros: Any | None) -> str:
@@ -230,12 +241,10 @@ def _pad_and_cast(array, *, shape, dtype):
 
 
 def _apply(ctx, function, value, aval):
-    """function(value) in the module being lowered, and its type. What is there is one device's: no sharding."""
-    aval = jax.core.ShapedArray(aval.shape, aval.dtype)
+    """function(value) in the module being lowered, and its type."""
     result = jax.eval_shape(function, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     wanted = jax.core.ShapedArray(result.shape, result.dtype)
-    lower = mlir.lower_fun(function, multiple_results=False)
-    return lower(ctx.replace(avals_in=[aval], avals_out=[wanted]), value)[0], wanted
+    return _lower_plainly(function, ctx.replace(avals_in=[aval], avals_out=[wanted]), [value])[0], wanted
 
 
 def _lower_elsewhere(ctx, *operands, **params):
@@ -253,7 +262,7 @@ def _lower_matmul(ctx, *operands, **params):
     def parts(*operands):
         return partitioned_matmul(_call_p.bind, operands, **params)
 
-    function = parts if can_call_back(ctx) else partial(_call_p.bind, **params)
+    function = parts if can_call_back("matmul", ctx) else partial(_call_p.bind, **params)
     return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
 

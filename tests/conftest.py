@@ -1,4 +1,4 @@
-"""Back ends as a fixture, and how far hypothesis looks.
+"""Back ends as a fixture, eight CPU devices, and how far hypothesis looks.
 
 Every test that takes ``backend`` runs once for "reference" and for each back end that is installed and
 has a device; those on a GPU carry the marker ``gpu``.
@@ -15,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from jax_trirun import _ffi
+
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what is not sharded runs on the first
 
 _QUIET = {
     "deadline": None,
