@@ -208,11 +208,11 @@ def summarise(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(tensors: Sequence[Mapping[str, Any]]) -> str:
-    """Memory by tensor, those of all layers that are alike in one line."""
+def table(tensors: Sequence[Mapping[str, Any]], *, every: bool = False) -> str:
+    """Memory by tensor; unless `every`, those of all layers that are alike in one line."""
     alike: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for t in tensors:
-        name = re.sub(r"^layers\.\d+", "layers.*", t["name"])
+        name = t["name"] if every else re.sub(r"^layers\.\d+", "layers.*", t["name"])
         key = name, t["kind"], tuple(t["shape"]), t["dtype"], t.get("group_size"), t.get("zeros")
         alike.setdefault(key, []).append(t)
     lines = [

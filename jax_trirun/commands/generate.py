@@ -45,11 +45,17 @@ def run(arguments: argparse.Namespace) -> None:
     quantised = shared.quantise(lm, arguments)
     _stream(lm, prompt, arguments)
     if tokens is not None and before is not None:
-        after = shared.measure(lm, [tokens], window=arguments.window) if quantised else before
-        kind = "2-bit" if quantised else "unchanged"
+        text = (
+            f"{before.value:.2f}, 2-bit"
+            if shared.packed_layers(lm.decoder)
+            else f"{before.value:.2f} in float32"
+        )
+        if quantised:
+            after = shared.measure(lm, [tokens], window=arguments.window)
+            text = f"{before.value:.2f} in float32, {after.value:.2f} 2-bit"
         print(
-            f"perplexity {before.value:.2f} in float32, {after.value:.2f} {kind}, over {sum(after.tokens)} tokens "
-            f"(Roosevelt on forests, 1901; windows of {arguments.window})"
+            f"perplexity {text}, over {sum(before.tokens)} tokens (Roosevelt on forests, 1901; windows of "
+            f"{arguments.window})"
         )
     print(f"total      {time.perf_counter() - started:.1f} s")
 

@@ -1,22 +1,87 @@
-"""Versions, back ends and devices of this installation: what to put into a bug report."""
+"""Versions, back ends and devices of this installation, to put into a bug report; or what a model holds.
+
+    python -m jax_trirun info                 # this installation
+    python -m jax_trirun info smollm2-2bit    # a model: memory by tensor, bits a weight
+
+MODEL may be packed, float, 2-bit of another project, or a GGUF file. Only tensors are read, one at a time.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
-HELP = "versions, back ends, instruction sets, devices"
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
+from ..checkpoints import gguf, open_model
+from ..checkpoints.models import Model
+from ..types import QuantTensor
+from . import model as shared
+from .convert import describe, table
+
+HELP = "versions, back ends, devices; or a model's memory by tensor and bits a weight"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers", "lm-eval")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # nothing to choose
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=shared.MODEL_HELP.replace(" (default)", ""))
+    parser.add_argument(
+        "--every", action="store_true", help="a line for each tensor, not for each kind of layer"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    del arguments
-    print("\n".join(f"{name:<14} {value}" for name, value in lines()))
+    if arguments.model is None:
+        print("\n".join(f"{name:<14} {value}" for name, value in lines()))
+        return
+    model = open_model(shared.find(arguments.model))
+    config = model.config
+    print(f"model      {model.name}: {model.path}\nformat     {model.format}")
+    print(
+        f"           {config['num_layers']} layers, hidden {config['hidden_size']}, MLP "
+        f"{config['intermediate_size']}, vocabulary {config['vocab_size']}"
+    )
+    tensors = list(stored_tensors(model))
+    print(table(tensors, every=arguments.every))
+    print(summary(tensors))
+
+
+def stored_tensors(model: Model) -> Iterator[dict[str, Any]]:
+    """`convert.describe` of every weight as the file has it; a GGUF tensor's kind is the file's type."""
+    blocks = gguf.read(model.path).tensors if model.format == "gguf" else None
+    for path, shape in model.shapes.items():
+        if blocks is None:
+            value = model.read(path)
+            kind = f"{value.bits}-bit" if isinstance(value, QuantTensor) else "float"
+            yield describe(path, value, kind)
+            continue
+        tensor = blocks[gguf.llama_tensor(path)]
+        yield {
+            "name": path,
+            "kind": tensor.type,
+            "shape": list(shape),
+            "dtype": "",
+            "bytes": tensor.data.nbytes,
+            "bits_a_weight": 8 * tensor.data.nbytes / math.prod(shape),
+        }
+
+
+def summary(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """Weights, memory and bits a weight by kind, and of all; then what the commands need to hold them."""
+    kinds = dict.fromkeys(t["kind"] for t in tensors)
+    parts = {kind: [t for t in tensors if t["kind"] == kind] for kind in kinds} | {"all": list(tensors)}
+    text = []
+    for kind, some in parts.items():
+        count, memory = (sum(math.prod(t["shape"]) for t in some), sum(t["bytes"] for t in some))
+        text.append(
+            f"{kind:<10} {len(some):,} tensors, {count:,} weights, {shared.megabytes(memory)}, "
+            f"{8 * memory / count:.3f} bits a weight"
+        )
+    loaded = sum(t["bytes"] if "group_size" in t else 4 * math.prod(t["shape"]) for t in tensors)
+    text.append(f"loaded     {shared.megabytes(loaded)}: packed weights as they are, the others in float32")
+    return "\n".join(text)
 
 
 def lines() -> list[tuple[str, str]]:
