@@ -14,6 +14,7 @@ columns along the same directions:
 An axis is kept whole, with a warning, where a device's part of it would cut a block or a group.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -95,6 +96,24 @@ def metadata_of_parts(metadata: Mapping[str, Any], weight: QuantTensor) -> dict[
     mesh = common.get("mesh") or jax.sharding.get_abstract_mesh()
     parts = names_of_parts(names, weight, mesh=mesh, rules=rules)
     return {part: common | {"out_sharding": of_part} for part, of_part in parts.items()}
+
+
+def put_as_named(array: Any, metadata: Mapping[str, Any]) -> Any:
+    """The array in shards as nnx would place it, each device given its own; traced arrays as they are.
+
+    nnx would ask the compiler for it, which takes no array that lies on one device of the mesh alone.
+    """
+    names, mesh = metadata.get("out_sharding"), metadata.get("mesh")
+    if not names or not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
+        return array
+    if mesh is None:
+        with contextlib.suppress(ValueError):  # inside jit, where nnx's way works
+            mesh = jax.sharding.get_mesh()
+    if mesh is None or mesh.empty or not nnx.using_eager_sharding():
+        return array
+    rules = spmd.composite_rules(spmd.get_logical_axis_rules(), metadata.get("sharding_rules"))
+    spec = PartitionSpec(*spmd.from_sharding_rules(names, rules))
+    return jax.device_put(array, NamedSharding(mesh, spec))
 
 
 def low_rank_metadata(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,7 +13,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 import jax_trirun
 from jax_trirun import QuantTensor
 
-from .partitioning import metadata_of, metadata_of_parts
+from .partitioning import metadata_of, metadata_of_parts, put_as_named
 
 
 class QuantParam(nnx.Variable):
@@ -21,6 +21,10 @@ class QuantParam(nnx.Variable):
 
     Not an ``nnx.Param``, so that optimisers and ``nnx.grad`` (over Params, the default) leave it alone.
     """
+
+
+def _variable(value: Any, metadata: Mapping[str, Any]) -> QuantParam:
+    return QuantParam(put_as_named(value, metadata), **metadata)
 
 
 class QuantDense(nnx.Module):
@@ -97,13 +101,13 @@ class QuantDense(nnx.Module):
                 f"got {weight.shape}; weights are [in, out], transpose those that are [out, in]"
             )
         metadata = metadata_of_parts(kernel_metadata, weight)
-        self.words = QuantParam(weight.words, **metadata["words"])
-        self.scales = QuantParam(weight.scales, **metadata["scales"])
-        self.zeros = nnx.data(None if weight.zeros is None else QuantParam(weight.zeros, **metadata["zeros"]))
+        self.words = _variable(weight.words, metadata["words"])
+        self.scales = _variable(weight.scales, metadata["scales"])
+        self.zeros = nnx.data(None if weight.zeros is None else _variable(weight.zeros, metadata["zeros"]))
         bias = None
         if use_bias:
             key = rngs.params() if rngs is not None else None
-            bias = QuantParam(bias_init(key, (out_features,), param_dtype), **bias_metadata)
+            bias = _variable(bias_init(key, (out_features,), param_dtype), bias_metadata)
         self.bias = nnx.data(bias)
         self.lora: nnx.Module | None = nnx.data(None)
 
