@@ -3,8 +3,8 @@
     python bench/quality_smollm2.py --out bench/results/quality_smollm2.csv
 
 The text is the sample of Wikipedia in gensim's test data (jax_trirun.evaluate.texts). Two in three of its
-articles calibrate, the others, which calibration never sees, are read for perplexity. Every model goes the
-way a user's does: `quantize` into a directory, which is loaded and read.
+articles calibrate, with their first 2,048 tokens each; the others, which calibration never sees, are read
+for perplexity. Every model goes the way a user's does: `quantize` into a directory, which is loaded and read.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="regular expression for configurations to measure")
-    parser.add_argument("--calibration-tokens", type=int, default=131072)
+    parser.add_argument("--calibration-tokens", type=int, default=131072, help="at most (default: 131072)")
     parser.add_argument("--tokens", type=int, default=32768, help="to evaluate, at most (default: 32768)")
     parser.add_argument("--document-tokens", type=int, default=1024, help="of each article (default: 1024)")
     parser.add_argument("--window", type=int, default=512, help="of perplexity (default: 512)")
@@ -84,7 +84,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         calibration = Path(temporary) / "calibration.jsonl"
         others = [text for i, text in enumerate(texts) if i % 3 != 2]
-        calibration.write_text("".join(json.dumps({"text": t}) + "\n" for t in others), encoding="utf-8")
+        starts = [tokenizer.decode(tokenizer.encode(t, special=False)[:2048]) for t in others]
+        calibration.write_text("".join(json.dumps({"text": t}) + "\n" for t in starts), encoding="utf-8")
         print(
             f"{len(texts)} articles; {sum(map(len, held_out))} tokens of {len(held_out)} to evaluate",
             flush=True,

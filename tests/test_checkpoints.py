@@ -249,3 +249,62 @@ def test_shard_bytes_goes_with_a_directory(tmp_path):
         save(tmp_path / "m.safetensors", {}, shard_bytes=100)
     with pytest.raises(ValueError, match="shard_bytes must be positive, got 0"):
         save(tmp_path / "m", {}, shard_bytes=0)
+
+
+# A tensor at a time, a part at a time
+
+
+def test_one_weight_at_a_time(tmp_path):
+    """`Packed` gives each entry as `load` does, and finds damage in an entry when it is read."""
+    tree = {"layers.0.up": quant_tensor(zeros=True), "norm": jnp.ones(3), "both": {"a": quant_tensor(seed=5)}}
+    save(tmp_path / "m.safetensors", tree)
+    opened = packed.Packed(tmp_path / "m.safetensors")
+    assert opened.names == tuple(tree)
+    for name, value in tree.items():
+        same(opened.read(name), value)
+    data = bytearray((tmp_path / "m.safetensors").read_bytes())
+    data[-1] ^= 1  # in the last tensor
+    (tmp_path / "m.safetensors").write_bytes(data)
+    opened = packed.Packed(tmp_path / "m.safetensors")
+    same(opened.read("norm"), tree["norm"])
+    with pytest.raises(CheckpointError, match=r"the tensor 'both\.a\.scales' is damaged or was edited"):
+        opened.read("both")
+    save(tmp_path / "list.safetensors", [jnp.ones(2)])
+    with pytest.raises(CheckpointError, match="wanted a saved dict of weights, got list"):
+        packed.Packed(tmp_path / "list.safetensors")
+
+
+def test_parts_become_a_model_when_all_are_there(tmp_path):
+    tree = {f"layers.{i}.up": quant_tensor(seed=i) for i in range(3)} | {"norm": jnp.ones(3)}
+    names = list(tree)
+    parts = packed.Parts(tmp_path / "model", 2)
+    parts.write(1, {name: tree[name] for name in names[2:]}, {"errors": [0.5]})
+    assert parts.has(1) and not parts.has(0)
+    with pytest.raises(FileNotFoundError):
+        parts.finish()
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load(tmp_path / "model")
+    parts.write(0, {name: tree[name] for name in names[:2]})
+    parts.finish()
+    same(load(tmp_path / "model"), tree)
+    part, notes = parts.read(1)
+    assert list(part) == names[2:] and notes == {"errors": [0.5]} and parts.read(0)[1] == {}
+    assert sorted(os.listdir(tmp_path / "model")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_orbax_keeps_packed_models(tmp_path):
+    """QuantTensors are pytrees: Orbax writes and restores them, given the same tree of shapes."""
+    orbax = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
+    tree = {"up": quant_tensor(), "down": [quant_tensor(zeros=True, dtype=jnp.bfloat16)], "norm": jnp.ones(3)}
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", tree)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+        restored = checkpointer.restore(tmp_path / "orbax", abstract)
+    same(restored, tree)
+    assert restored["down"][0].shape == (128, 40) and restored["down"][0].group_size == 64
