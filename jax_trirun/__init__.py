@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from .export import export_disabled_checks as export_disabled_checks
 from .layout import LAYOUT_VERSION as LAYOUT_VERSION
 from .matmul import explain as explain
 from .matmul import matmul as matmul

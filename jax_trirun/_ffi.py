@@ -12,6 +12,7 @@ and on CUDA, whose call has a uint8 scratch array as its second result and an in
 with dtypes by their NumPy names:
 
     why_unsupported(m, n, k, groups, x_dtype, scale_dtype, out_dtype, portable) -> "" or a sentence
+    describe_kernel(m, n, k, groups, x_dtype, scale_dtype, out_dtype, zeros, portable) -> a few words
     scratch_bytes(m, n, k, groups, x_dtype, portable) -> int
 """
 
@@ -19,11 +20,13 @@ import importlib
 import importlib.util
 import pathlib
 import re
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.interpreters import mlir
 
 MATMUL_TARGET = "jax_trirun_matmul_v1"
 PACK_TARGET = "jax_trirun_pack_v1"
@@ -135,6 +138,21 @@ def platform_error(name: str | None, platform: str) -> str:
         f"matmul: backend={name!r} runs on {BACKENDS[name].platform}, but this computation is being "
         f"compiled for {platform}; use backend=None, or move the arrays with jax.device_put"
     )
+
+
+def lower_call(target: str, ctx: Any, operands: Sequence[Any], attributes: dict[str, Any]) -> Sequence[Any]:
+    """A call of ``target`` in the module being lowered; returns its results.
+
+    In a module for ``jax.export`` the call carries a note, which JAX prints with the call if it refuses it.
+    """
+    results = jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)
+    if ctx.module_context.lowering_parameters.for_export:
+        note = "pass disabled_checks=jax_trirun.export_disabled_checks() to jax.export.export"
+        call = results[0].owner
+        call.attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get(
+            {"to_export": mlir.ir.StringAttr.get(note)}
+        )
+    return results
 
 
 def default_platform() -> str:

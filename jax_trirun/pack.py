@@ -140,7 +140,7 @@ def _elementwise_over_leading_axes(
     primitive, call = Primitive(name), Primitive(f"{name}_call")
 
     def lower_ffi(ctx, operand, *, bits, **_):
-        return jax.ffi.ffi_lowering(target)(ctx, operand, bits=np.int64(bits))
+        return _ffi.lower_call(target, ctx, [operand], {"bits": np.int64(bits)})
 
     def lower_parts(ctx, operand, **params):
         parts = partial(partitioned_blocks, call.bind, packs=packs, **params)

@@ -207,7 +207,7 @@ def _lower_call(ctx, backend, operands, params):
         values.append(mlir.ir_constant(none))
         avals.append(jax.core.ShapedArray(none.shape, none.dtype))
     ctx = ctx.replace(avals_in=avals)
-    return jax.ffi.ffi_lowering(_ffi.MATMUL_TARGET)(ctx, *values, **backend.attributes)[:1]
+    return _ffi.lower_call(_ffi.MATMUL_TARGET, ctx, values, backend.attributes)[:1]
 
 
 def _lower_cuda_call(ctx, backend, operands, params):
