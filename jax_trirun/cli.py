@@ -10,9 +10,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, evaluate, generate, info, quantize
+from .commands import bench, convert, evaluate, generate, info, quantize
 
-COMMANDS = {"info": info, "quantize": quantize, "convert": convert, "generate": generate, "eval": evaluate}
+COMMANDS = {
+    "info": info,
+    "quantize": quantize,
+    "convert": convert,
+    "generate": generate,
+    "eval": evaluate,
+    "bench": bench,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
