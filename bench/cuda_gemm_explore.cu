@@ -45,10 +45,12 @@ __global__ void fill_random(uint32_t* p, size_t n, uint32_t seed) {
     p[i] = hash((uint32_t)i * 2654435761u + seed);
 }
 __global__ void fill_half(__half* p, size_t n, uint32_t seed, float scale) {
-  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+       i += (size_t)gridDim.x * blockDim.x) {
     // about normal: the sum of four uniforms
     float sum = 0;
-    for (int j = 0; j < 4; ++j) sum += (hash((uint32_t)(4 * i + j) * 2654435761u + seed) >> 8) * (2.f / 16777216.f) - 1.f;
+    for (int j = 0; j < 4; ++j)
+      sum += (hash((uint32_t)(4 * i + j) * 2654435761u + seed) >> 8) * (2.f / 16777216.f) - 1.f;
     p[i] = __float2half(sum * scale);
   }
 }
@@ -94,7 +96,8 @@ __global__ void reference(const __half* x, const uint32_t* words, const __half* 
   bound[(size_t)blockIdx.y * kSampledColumns + i] = mag;
 }
 
-float graph_time_us(int launches, const std::function<void(int, cudaStream_t)>& launch, float settle_ms = 0, int repeats = 7) {
+float graph_time_us(int launches, const std::function<void(int, cudaStream_t)>& launch, float settle_ms = 0,
+                    int repeats = 7) {
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   cudaGraph_t graph;
@@ -163,10 +166,15 @@ struct Variant {
   const void* kernel;
   const void* add;
 };
-template <int kTokens, int kWarpgroups, int kGroupSize, int kBanks, int kStages>
+template <int kTokens, int kWarpgroups, int kGroupSize, int kStages>
 Variant make(const char* name, int least, int most) {
-  return {name, kTokens, kWarpgroups, least, most, GemmSmem<kTokens, kWarpgroups, kGroupSize == 0 || kGroupSize == 32 ? 2 : 1, kStages>::kBytes,
-          (const void*)gemm_kernel<__half, kTokens, kWarpgroups, kGroupSize, kBanks, kStages>,
+  return {name,
+          kTokens,
+          kWarpgroups,
+          least,
+          most,
+          GemmSmem<kTokens, kWarpgroups, kGroupSize, false, kStages>::kBytes,
+          (const void*)gemm_kernel<__half, kTokens, kWarpgroups, kGroupSize, false, kStages>,
           (const void*)add_gemm_parts<__half, kTokens, kWarpgroups>};
 }
 
@@ -178,23 +186,28 @@ int main(int argc, char** argv) {
   cudaDeviceProp prop;
   CHECK(cudaGetDeviceProperties(&prop, 0));
   const int sms = prop.multiProcessorCount;
-  std::printf("# %s, %d SMs\nK,N,M,variant,tiles,us,floor_us,ratio,cublas_us,speedup,tflops,worst_c,ghz,cublas_ghz\n", prop.name, sms);
+  std::printf(
+      "# %s, %d "
+      "SMs\nK,N,M,variant,tiles,us,floor_us,ratio,cublas_us,speedup,tflops,worst_c,ghz,cublas_ghz\n",
+      prop.name, sms);
   std::vector<Variant> variants = {
 #include VARIANTS
   };
   typedef CUresult (*encode_t)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                               CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                               CUtensorMapFloatOOBfill);
   encode_t encode = nullptr;
   cudaDriverEntryPointQueryResult query;
-  CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000, cudaEnableDefault, &query));
+  CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000,
+                                         cudaEnableDefault, &query));
 
   void* lib = dlopen("libcublas.so.13", RTLD_NOW);
   if (!lib) lib = dlopen("libcublas.so", RTLD_NOW);
   typedef int (*create_t)(void**);
   typedef int (*stream_t)(void*, cudaStream_t);
-  typedef int (*gemm_t)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
-                        const void*, void*, int, int, int, int);
+  typedef int (*gemm_t)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*,
+                        int, int, const void*, void*, int, int, int, int);
   void* handle = nullptr;
   stream_t set_stream = nullptr;
   gemm_t gemm = nullptr;
@@ -252,8 +265,8 @@ int main(int argc, char** argv) {
     float floor_us = 1e9f;
     for (int blocks : {132, 264, 396, 528, 792, 1056}) {
       floor_us = std::min(floor_us, graph_time_us(std::max(copies, 12), [&](int i, cudaStream_t s) {
-                            read_only<<<blocks, 256, 0, s>>>((const uint4*)(pool + (i % copies) * bytes), bytes / 16,
-                                                             (uint32_t*)parts);
+                            read_only<<<blocks, 256, 0, s>>>((const uint4*)(pool + (i % copies) * bytes),
+                                                             bytes / 16, (uint32_t*)parts);
                           }));
     }
     for (int m : tokens) {
@@ -266,14 +279,23 @@ int main(int argc, char** argv) {
         const size_t one_dense = (size_t)k * n * 2;
         const int dcopies = std::max<int>(2, ((size_t)300 << 20) / one_dense + 1);
         float one = 1.f, zero = 0.f;
-        cublas_us = graph_time_us(large ? 3 : std::max(dcopies, 12), [&](int i, cudaStream_t s) {
-          set_stream(handle, s);
-          gemm(handle, 0, 0, n, m, k, &one, dense + (i % dcopies) * one_dense, 2, n, x, 2, k, &zero, y, 2, n, 68, -1);
-        }, settle_ms);
+        for (int transposed :
+             {0, 1}) {  // weights [K, N], as Flax has them, or [N, K]: the faster one counts
+          const float us = graph_time_us(
+              large ? 3 : std::max(dcopies, 12),
+              [&](int i, cudaStream_t s) {
+                set_stream(handle, s);
+                gemm(handle, transposed, 0, n, m, k, &one, dense + (i % dcopies) * one_dense, 2,
+                     transposed ? k : n, x, 2, k, &zero, y, 2, n, 68, -1);
+              },
+              settle_ms);
+          cublas_us = transposed ? std::min(cublas_us, us) : us;
+        }
         cublas_ghz = last_ghz();
       }
       const int rows = std::min(m, 64);
-      reference<<<dim3(kSampledColumns / 128, rows), 128>>>(x, (uint32_t*)pool, scales, ref, mag, m - rows, n, k);
+      reference<<<dim3(kSampledColumns / 128, rows), 128>>>(x, (uint32_t*)pool, scales, ref, mag, m - rows,
+                                                            n, k);
       CHECK(cudaDeviceSynchronize());
       std::vector<double> href(rows * kSampledColumns), hmag(rows * kSampledColumns);
       CHECK(cudaMemcpy(href.data(), ref, href.size() * 8, cudaMemcpyDeviceToHost));
@@ -285,7 +307,7 @@ int main(int argc, char** argv) {
         args.parts = parts;
         args.m = m, args.n = n;
         args.k_blocks = k_blocks, args.n_blocks = n_blocks;
-        args.group_stride = n, args.group_shift = 7;
+        args.groups = k / kGroup, args.group_stride = n, args.group_shift = 7;
         args.m_tiles = ceil_div(m, v.tokens), args.n_tiles = ceil_div(n, 128 * v.warpgroups);
         args.band = 16;
         args.units = ceil_div(k_blocks, kGemmUnitBlocks);
@@ -297,8 +319,8 @@ int main(int argc, char** argv) {
         const cuuint64_t dims[2] = {(cuuint64_t)k, (cuuint64_t)m}, strides[1] = {(cuuint64_t)k * 2};
         const cuuint32_t box[2] = {64, (cuuint32_t)v.tokens}, steps[2] = {1, 1};
         if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, x, dims, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
           std::printf("encode failed\n");
           return 1;
         }
@@ -333,8 +355,9 @@ int main(int argc, char** argv) {
         }
         const float us = graph_time_us(launches, launch, settle_ms);
         const float ghz = last_ghz();
-        std::printf("%d,%d,%d,%s,%d,%.2f,%.2f,%.3f,%.2f,%.3f,%.0f,%.1f,%.2f,%.2f\n", k, n, m, v.name, tiles, us, floor_us,
-                    us / floor_us, cublas_us, cublas_us / us, 2e-6 * m * n * k / us, worst, ghz, cublas_ghz);
+        std::printf("%d,%d,%d,%s,%d,%.2f,%.2f,%.3f,%.2f,%.3f,%.0f,%.1f,%.2f,%.2f\n", k, n, m, v.name, tiles,
+                    us, floor_us, us / floor_us, cublas_us, cublas_us / us, 2e-6 * m * n * k / us, worst,
+                    ghz, cublas_ghz);
         std::fflush(stdout);
       }
     }

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import _ffi
 from .partition import explicit_mesh, on_explicit_mesh
-from .primitive import bind_matmul, ffi_reason
+from .primitive import bind_matmul, describe_cuda_kernel, ffi_reason
 from .types import FLOATS, QuantTensor, check_float, check_weights
 
 
@@ -97,6 +97,9 @@ def explain(x: Any, qw: Any, s: Any = None, zeros: Any = None, *, backend: str |
         why = "asked for" if backend else f"the best for platform {platform!r}"
         if name == "cpu":
             what += f" ({_ffi.cpu_module.current_isa()})"
+        elif platform == "cuda":
+            x_shape = jax.ShapeDtypeStruct((m, k), x.dtype)
+            what += f" ({describe_cuda_kernel(_ffi.BACKENDS[name], params, x_shape, s, zeros)})"
     cost = costs(m, k, n, x.dtype, (words, s, zeros))
     ratio = 2 * k * n / max(cost.weight_bytes, 1)
     return "\n".join(

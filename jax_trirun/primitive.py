@@ -156,14 +156,23 @@ def _cuda_reason(backend: _ffi.Backend, params: dict, x: Any, scales: Any, zeros
         return "float32 activations would lose precision in the CUDA kernels"
     if not isinstance(x.shape[0], int):
         return "a CUDA kernel's scratch needs to know M, which is symbolic"
-    scale_dtype = _cuda_scale_dtype(x, scales, zeros)
     return backend.module.why_unsupported(
+        *_cuda_sizes(x, scales, params), *_cuda_types(x, scales, zeros, params), _portable(backend)
+    )
+
+
+def describe_cuda_kernel(backend: _ffi.Backend, params: dict, x: Any, scales: Any, zeros: Any | None) -> str:
+    """The kernel that a product takes which ``ffi_reason`` has nothing against, for people to read."""
+    return backend.module.describe_kernel(
         *_cuda_sizes(x, scales, params),
-        str(x.dtype),
-        str(scale_dtype),
-        str(params["out_dtype"]),
+        *_cuda_types(x, scales, zeros, params),
+        zeros is not None,
         _portable(backend),
     )
+
+
+def _cuda_types(x: Any, scales: Any, zeros: Any | None, params: dict) -> tuple[str, str, str]:
+    return str(x.dtype), str(_cuda_scale_dtype(x, scales, zeros)), str(params["out_dtype"])
 
 
 def _cuda_scale_dtype(x: Any, scales: Any, zeros: Any | None) -> np.dtype:

@@ -27,6 +27,8 @@ SHAPES = (
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
 LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 8192, 8960, -1))
+# Rows enough for the kernels that only Hopper has; whole tiles, and tiles that several blocks share.
+GEMM_SHAPES = ((20, 1024, 392, 32), (40, 2048, 264, 64), (130, 1024, 520, 128), (70, 200, 104, -1))
 TYPES = (("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32"))
 
 
@@ -71,6 +73,9 @@ def main() -> int:
             done += 1
     for shape, zeros in itertools.product(LARGE_SHAPES, (False, True)):
         check(MatmulProblem(*shape, "float16", "float16", zeros), "cuda", None)
+        done += 1
+    for shape, (x_dtype, scale_dtype), zeros in itertools.product(GEMM_SHAPES, TYPES[1:3], (False, True)):
+        check(MatmulProblem(*shape, x_dtype, scale_dtype, zeros), "cuda", None)
         done += 1
     replay_a_graph()
     print(f"{done} products and one graph")

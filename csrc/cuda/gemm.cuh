@@ -26,6 +26,7 @@
 
 #include "../problem.h"
 #include "decode_math.cuh"
+#include "gemm_plan.h"
 #include "hopper.cuh"
 #include "outputs.cuh"
 #include "wgmma.cuh"
@@ -35,12 +36,14 @@ namespace jax_trirun::cuda {
 struct GemmArgs {
   const uint4* words;
   const void* scales;
-  const void* zeros;   // or null
-  const float* sums;   // with zeros: sum of x over each group, [groups, M]
+  const void* zeros;    // or null
+  const float* x_sums;  // with zeros: the sum of x over each kGroupSize of K, [.., x_sums_stride]
+  int x_sums_stride;    // M rounded up to whole tiles
   void* y;
-  float4* parts;       // of the tiles that several thread blocks share
+  float4* parts;  // of the tiles that several thread blocks share
   int m, n;
   int k_blocks, n_blocks;  // blocks of the packed array
+  int groups;              // rows of scales
   int group_stride;        // elements from one row of scales to the next: N, or 0 with a single group
   int group_shift;         // k >> group_shift is k's row of scales
   bool scales_are_f32, y_is_f32;
@@ -49,9 +52,6 @@ struct GemmArgs {
   int whole_tiles;  // the first tiles: each is made by one thread block
   int units;        // of K in a tile: what the others are cut into
 };
-
-// A unit of K is two blocks, so that no group is cut.
-inline constexpr int kGemmUnitBlocks = 2;
 
 struct TilePosition {
   int m_tile, n_tile;
@@ -86,6 +86,8 @@ struct Segment {
   int part;  // where the sums go in `parts`, or -1: they are y
 };
 
+// Calls visit(segment) for all of this thread block's. (Two loops: as one, their divisions kept ptxas from seeing that
+// all threads of a warp walk alike, and wgmma waited for its descriptors.)
 template <typename Visit>
 __device__ __forceinline__ void for_each_segment(const GemmArgs& args, Visit visit) {
   const int grid = gridDim.x, block = blockIdx.x;
@@ -113,20 +115,22 @@ __device__ __forceinline__ float4 features_of(const float (&d)[2][kSize], int j,
   return {d[0][4 * j + e], d[0][4 * j + 2 + e], d[1][4 * j + e], d[1][4 * j + 2 + e]};
 }
 
-// Shared memory: for each stage x, words and rows of scales; then the barriers. `kRows`: of scales in a block.
-template <int kTokens, int kWarpgroups, int kRows, int kStages>
+// Shared memory: for each stage x, words and rows of scales; then the barriers.
+template <int kTokens, int kWarpgroups, int kGroupSize, bool kHasZeros, int kStages>
 struct GemmSmem {
   using L = Layout<2>;
   static constexpr int kBlocks = kWarpgroups * 4;  // n-blocks of a tile: one for each warp
   static constexpr int kFeatures = kBlocks * L::kBlockN;
   static constexpr int kBlockBytes = L::kWordsPerBlock * 4;
   static constexpr int kXBytes = kTokens * L::kBlockK * 2;
+  // Rows of scales in a block. On the weights they are applied half a block at a time, whatever the group size.
+  static constexpr int kRows = kGroupSize == 0 ? L::kHalves : std::max(1, L::kBlockK / kGroupSize);
   static constexpr int kScaleRowBytes = kFeatures * 4;  // room for float32
   static constexpr int kWords = kXBytes;
   static constexpr int kScales = kWords + kBlocks * kBlockBytes;
   static constexpr int kAlignment = 1024;  // of the swizzle
   static constexpr int kStageBytes =
-      (kScales + kRows * kScaleRowBytes + kAlignment - 1) / kAlignment * kAlignment;
+      (kScales + kRows * (kHasZeros ? 2 : 1) * kScaleRowBytes + kAlignment - 1) / kAlignment * kAlignment;
   static constexpr int kBarriers = kStages * kStageBytes;
   static constexpr int kBytes = kBarriers + 2 * kStages * 8 + kAlignment;
   static_assert(L::kBlockK * 2 == 128, "a token's k of a block are one row of the 128-byte swizzle");
@@ -144,14 +148,25 @@ struct RingPosition {
 
 // Registers of a thread: the kernel starts with the same number for all, then the producers leave what
 // the consumers take.
-inline constexpr int kProducerRegisters = 24;
-template <int kWarpgroups>
+template <bool kHasZeros>
+inline constexpr int kProducerRegisters = kHasZeros ? 48 : 40;
+template <int kWarpgroups, bool kHasZeros>
 inline constexpr int kConsumerRegisters = [] {
   constexpr int kGroups = kWarpgroups + 1;
   constexpr int kAtStart = 65536 / (kGroups * 128) / 8 * 8;
-  return (kAtStart * kGroups - kProducerRegisters) / kWarpgroups / 8 * 8;
+  return (kAtStart * kGroups - kProducerRegisters<kHasZeros>) / kWarpgroups / 8 * 8;
 }();
 
+template <typename T>
+__device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  if constexpr (__is_same(T, __half)) {
+    asm("add.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  } else {
+    asm("add.rn.bf16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  }
+  return d;
+}
 template <typename T>
 __device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
   uint32_t d;
@@ -176,15 +191,15 @@ __device__ __forceinline__ void unrolled(F f) {
   unrolled_over(f, std::make_integer_sequence<int, kCount>{});
 }
 
-template <typename T, int kTokens, int kWarpgroups, int kGroupSize, int kBanks, int kStages>
+template <typename T, int kTokens, int kWarpgroups, int kGroupSize, bool kHasZeros, int kStages>
 __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ GemmArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<2>;
   constexpr bool kScaledSums = kGroupSize > 0;
-  constexpr int kRows = kScaledSums ? std::max(1, L::kBlockK / kGroupSize) : 2;  // of scales in a block
+  using Smem = GemmSmem<kTokens, kWarpgroups, kGroupSize, kHasZeros, kStages>;
+  constexpr int kRows = Smem::kRows;
   constexpr int kRowK = L::kBlockK / kRows;
-  using Smem = GemmSmem<kTokens, kWarpgroups, kRows, kStages>;
   constexpr int kSums = kTokens / 2;  // accumulators of a thread for one 64 x kTokens product
 
   extern __shared__ char raw_shared[];
@@ -212,23 +227,29 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     for_each_segment(args, [&](const Segment& segment) {
       const int n_first = segment.n_tile * Smem::kBlocks;
       const int word_bytes = min(Smem::kBlocks, args.n_blocks - n_first) * Smem::kBlockBytes;
-      const uint4* words = args.words + (static_cast<int64_t>(segment.first_block) * args.n_blocks + n_first) *
-                                            (Smem::kBlockBytes / 16);
+      const uint4* words =
+          args.words +
+          (static_cast<int64_t>(segment.first_block) * args.n_blocks + n_first) * (Smem::kBlockBytes / 16);
       const int feature = segment.n_tile * Smem::kFeatures;
       const int scale_size = args.scales_are_f32 ? 4 : 2;
       const int scale_bytes = min(Smem::kFeatures, args.n - feature) * scale_size;
       for (int block = segment.first_block; block < segment.last_block; ++block) {
         barrier_wait(empty(ring.stage), ring.parity ^ 1);
         const uint32_t to = stage_at(ring.stage), arrived = full(ring.stage);
-        barrier_arrive_expecting(arrived, Smem::kXBytes + word_bytes + kRows * scale_bytes);
+        barrier_arrive_expecting(arrived,
+                                 Smem::kXBytes + word_bytes + kRows * (kHasZeros ? 2 : 1) * scale_bytes);
         copy_bulk(to + Smem::kWords, words, word_bytes, arrived);
         copy_box(to, x_map, block * L::kBlockK, segment.m_tile * kTokens, arrived);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const int64_t row = (block * L::kBlockK + i * kRowK) >> args.group_shift;
-          copy_bulk(to + Smem::kScales + i * Smem::kScaleRowBytes,
-                    static_cast<const char*>(args.scales) + (row * args.group_stride + feature) * scale_size,
-                    scale_bytes, arrived);
+          const int64_t row = min((block * L::kBlockK + i * kRowK) >> args.group_shift, args.groups - 1);
+          const int64_t from = (row * args.group_stride + feature) * scale_size;
+          const uint32_t to_row = to + Smem::kScales + i * Smem::kScaleRowBytes;
+          copy_bulk(to_row, static_cast<const char*>(args.scales) + from, scale_bytes, arrived);
+          if constexpr (kHasZeros) {
+            copy_bulk(to_row + kRows * Smem::kScaleRowBytes, static_cast<const char*>(args.zeros) + from,
+                      scale_bytes, arrived);
+          }
         }
         words += static_cast<int64_t>(args.n_blocks) * (Smem::kBlockBytes / 16);
         ring.advance();
@@ -237,191 +258,210 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   };
 
   const auto consume = [&] {
-    float sums[kBanks][2][kSums];  // of the products
-    float total[kScaledSums ? 2 : 1][kScaledSums ? kSums : 1];
-    uint32_t a[L::kHalves][L::kTiles][L::kStepsPerWord][4];
-    int stage_in_use = -1;  // whose x the tensor cores may still read
+    float sums[L::kTiles][kSums];  // of the products
+    float total[kScaledSums ? L::kTiles : 1][kScaledSums ? kSums : 1];
+    // The A fragments of some words: one is being made while the tensor cores have the others to read.
+    constexpr int kSets = kHasZeros || kGroupSize == 32 ? 2 : 4;
+    uint32_t a[kSets][L::kStepsPerWord][4];
+    const int feature_of_tile = warp * L::kBlockN + lane / 4 * 4;  // the first of the lane's four
 
-    const auto release = [&] {
-      if (stage_in_use >= 0 && lane == 0) barrier_arrive(empty(stage_in_use));
+    const auto wait_for = [&](const RingPosition<kStages>& at) { barrier_wait(full(at.stage), at.parity); };
+    const auto load_words = [&](int stage) {
+      return load_shared_16(stage_at(stage) + Smem::kWords + warp * Smem::kBlockBytes + lane * 16);
     };
-    // The 4 wgmma of half a block, from the A fragments a[half].
-    const auto multiply = [&](auto half_, auto bank_, bool accumulate) {
-      constexpr int half = decltype(half_)::value, bank = decltype(bank_)::value;
-      const uint64_t x = swizzled_descriptor(shared + ring.stage * Smem::kStageBytes);
+    const auto release = [&](int stage) {
+      if (lane == 0) barrier_arrive(empty(stage));
+    };
+    // x of `stage`, from the k-th on of the block.
+    const auto x_at = [&](int stage, int k) { return swizzled_descriptor(stage_at(stage)) + k * 2 / 16; };
+
+    // d += a word's weights @ its part of x, then waits until a set of fragments is free.
+    const auto multiply = [&](float (&d)[kSums], const uint32_t (&fragments)[L::kStepsPerWord][4],
+                              int stage, int half, bool accumulate) {
       wgmma_fence();
 #pragma unroll
-      for (int q = 0; q < L::kStepsPerWord; ++q) {
-        // 16 values of k are 32 bytes, and addresses count in 16.
-        const uint64_t at = x + (half * L::kStepsPerWord + q) * 2;
-#pragma unroll
-        for (int i = 0; i < L::kTiles; ++i) {
-          Wgmma<T, kTokens>::mma(sums[bank][i], a[half][i][q], at, accumulate || q > 0);
-        }
-      }
+      for (int q = 0; q < L::kStepsPerWord; ++q)
+        Wgmma<T, kTokens>::mma(d, fragments[q], x_at(stage, half * L::kBlockK / L::kHalves + q * 16),
+                               accumulate || q > 0);
       wgmma_commit();
-    };
-    const auto pin_bank = [&](auto bank_) {
-      pin(sums[decltype(bank_)::value][0]);
-      pin(sums[decltype(bank_)::value][1]);
+      wgmma_wait<kSets - 1>();
     };
 
-    for_each_segment(args, [&](const Segment& segment) {
-      const int feature = (segment.n_tile * Smem::kBlocks + warp) * L::kBlockN + lane / 4 * 4;
-      const bool real = feature < args.n;
-      const auto words_of = [&](int stage) {
-        barrier_wait(full(stage), ring.parity);
-        return load_shared_16(stage_at(stage) + Smem::kWords + warp * Smem::kBlockBytes + lane * 16);
-      };
-      const auto scales_of = [&](int stage, int row) {
-        return stage_at(stage) + Smem::kScales + row * Smem::kScaleRowBytes;
-      };
-      const int feature_of_tile = warp * L::kBlockN + lane / 4 * 4;
-
-      if constexpr (!kScaledSums) {
-        const auto scaled = [&](auto half_, uint32_t word0, uint32_t word1, const uint2& scales) {
-          constexpr int half = decltype(half_)::value;
-          dequantize_word<T, 2>(a[half][0], word0);
-          dequantize_word<T, 2>(a[half][1], word1);
+    // Scales on the weights.
+    const auto multiply_scaled_weights = [&](const Segment& segment) {
+      int stage_in_use = -1;  // whose x the tensor cores may still read
+      for (int block = segment.first_block; block < segment.last_block; ++block) {
+        wait_for(ring);
+        const uint4 four = load_words(ring.stage);
+        const uint32_t words[L::kWordsPerLane] = {four.x, four.y, four.z, four.w};
+        uint2 scales[L::kHalves];
 #pragma unroll
-          for (int i = 0; i < L::kTiles; ++i) {
-            const uint32_t pair = i == 0 ? scales.x : scales.y;
-            const uint32_t of_row[2] = {__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)};
+        for (int half = 0; half < L::kHalves; ++half) {
+          scales[half] = load_shared_8(stage_at(ring.stage) + Smem::kScales + half * Smem::kScaleRowBytes +
+                                       feature_of_tile * 2);
+          const bool past_k = (block * L::kBlockK + half * kRowK) >> args.group_shift >= args.groups;
+          if (past_k) scales[half] = make_uint2(0, 0);
+        }
+        unrolled<L::kWordsPerLane>([&](auto word_) {
+          constexpr int word = decltype(word_)::value, half = word / L::kTiles, i = word % L::kTiles;
+          dequantize_word<T, 2>(a[word], words[word]);
+          const uint32_t pair = i == 0 ? scales[half].x : scales[half].y;
+          const uint32_t of_row[2] = {__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)};
+#pragma unroll
+          for (int q = 0; q < L::kStepsPerWord; ++q) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) a[word][q][r] = mul2<T>(a[word][q][r], of_row[r % 2]);
+          }
+          multiply(sums[i], a[word], ring.stage, half, half > 0 || block > segment.first_block);
+          if constexpr (word == L::kWordsPerLane - 2) {
+            if (stage_in_use >= 0) release(stage_in_use);
+            stage_in_use = ring.stage;
+          }
+        });
+        ring.advance();
+      }
+      wgmma_wait<0>();
+      pin(sums[0]);
+      pin(sums[1]);
+      release(stage_in_use);
+    };
+
+    // Scales on the sums of a group: the first 16-row tiles of the warps, then the second, and while the tensor
+    // cores make one, the other's sums are scaled and added up.
+    const auto multiply_and_scale_sums = [&](const Segment& segment) {
+      constexpr int kBlocks = std::max(1, kGroupSize / L::kBlockK);  // in a turn
+      constexpr int kParts = kRows;                                  // groups in a turn
+#pragma unroll
+      for (int i = 0; i < L::kTiles; ++i) {
+#pragma unroll
+        for (int r = 0; r < kSums; ++r) total[i][r] = sums[i][r] = 0.f;
+      }
+      float scales[L::kTiles][2] = {};  // of the sums
+      float rest[L::kTiles][2] = {};    // of the zero points, see split_zero
+      uint32_t shift[L::kTiles][2] = {};
+      [[maybe_unused]] int x_sums[L::kTiles] = {};  // where the tile's are, for this thread's first token
+      const auto load_scales_of = [&](auto tile_, int stage, int block, int row) {
+        constexpr int i = decltype(tile_)::value;
+        const int group = (block * L::kBlockK + row * kRowK) >> args.group_shift;
+        const uint32_t from = stage_at(stage) + Smem::kScales + row * Smem::kScaleRowBytes;
+        const auto load = [&](float (&to)[2], uint32_t from) {
+          if (args.scales_are_f32) {
+            const uint2 raw = load_shared_8(from + (feature_of_tile + 2 * i) * 4);
+            to[0] = __uint_as_float(raw.x), to[1] = __uint_as_float(raw.y);
+          } else {
+            const uint32_t raw = load_shared_4(from + (feature_of_tile + 2 * i) * 2);
+            const T* pair = reinterpret_cast<const T*>(&raw);
+            to[0] = static_cast<float>(pair[0]), to[1] = static_cast<float>(pair[1]);
+          }
+        };
+        load(scales[i], from);
+        if (kRows > 1 && group >= args.groups) scales[i][0] = scales[i][1] = 0.f;  // past K
+        if constexpr (kHasZeros) {
+          load(rest[i], from + kRows * Smem::kScaleRowBytes);
+          for (int b = 0; b < 2; ++b) split_zero<T>(rest[i][b], shift[i][b], L::kZeroPoint);
+          const int sum = (block * L::kBlockK + row * kRowK) / kGroupSize;  // one group is met as several
+          x_sums[i] = (kRows > 1 ? min(sum, args.groups - 1) : sum) * args.x_sums_stride +
+                      segment.m_tile * kTokens + lane % 4 * 2;
+        }
+      };
+      const auto add_tile = [&](auto tile_) {
+        constexpr int i = decltype(tile_)::value;
+        pin(sums[i]);
+#pragma unroll
+        for (int r = 0; r < kSums; ++r) {
+          float sum = sums[i][r];
+          if constexpr (kHasZeros) {
+            sum = fmaf(rest[i][r / 2 % 2], __ldg(args.x_sums + x_sums[i] + r / 4 * 8 + r % 2), sum);
+          }
+          total[i][r] = fmaf(scales[i][r / 2 % 2], sum, total[i][r]);
+        }
+        pin(total[i]);
+      };
+      for (int block = segment.first_block; block < segment.last_block; block += kBlocks) {
+        RingPosition<kStages> at[kBlocks];
+        uint32_t words[kBlocks][L::kWordsPerLane];
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+          at[j] = ring;
+          ring.advance();
+          wait_for(at[j]);
+          const uint4 four = load_words(at[j].stage);
+          words[j][0] = four.x, words[j][1] = four.y, words[j][2] = four.z, words[j][3] = four.w;
+        }
+        // Words in this order: groups of the turn, tiles, the group's words.
+        constexpr int kWords = kBlocks * L::kHalves / kParts;  // of a group and tile
+        unrolled<kParts * L::kTiles * kWords>([&](auto step_) {
+          constexpr int step = decltype(step_)::value;
+          constexpr int word = step % kWords, i = step / kWords % L::kTiles,
+                        part = step / kWords / L::kTiles;
+          constexpr int j = word / L::kHalves, half = kParts == 1 ? word % L::kHalves : part,
+                        set = step % kSets;
+          if constexpr (word == 0) load_scales_of(Constant<i>{}, at[0].stage, block, part);
+          // Not before the tensor cores have left a set of registers.
+          asm volatile("" : "+r"(words[j][half * L::kTiles + i]));
+          dequantize_word<T, 2>(a[set], words[j][half * L::kTiles + i]);
+          if constexpr (kHasZeros) {
 #pragma unroll
             for (int q = 0; q < L::kStepsPerWord; ++q) {
 #pragma unroll
-              for (int r = 0; r < 4; ++r) if (kGroupSize == 0) a[half][i][q][r] = mul2<T>(a[half][i][q][r], of_row[r % 2]);
+              for (int r = 0; r < 4; ++r) a[set][q][r] = add2<T>(a[set][q][r], shift[i][r % 2]);
             }
           }
-        };
-        const Constant<0> zero;
-        const Constant<1> one;
-        for (int block = segment.first_block; block < segment.last_block; ++block) {
-          const uint4 words = words_of(ring.stage);
-          const uint2 scales0 = load_shared_8(scales_of(ring.stage, 0) + feature_of_tile * 2);
-          const uint2 scales1 = load_shared_8(scales_of(ring.stage, 1) + feature_of_tile * 2);
-          scaled(zero, words.x, words.y, scales0);
-          multiply(zero, zero, block > segment.first_block);
-          wgmma_wait<1>();
-          release();
-          stage_in_use = ring.stage;
-          scaled(one, words.z, words.w, scales1);
-          multiply(one, zero, true);
-          wgmma_wait<1>();
-          ring.advance();
-        }
-        wgmma_wait<0>();
-        pin_bank(zero);
-      } else {
-        constexpr int kHalvesOfGroup = kGroupSize * L::kHalves / L::kBlockK;
-        // A turn: groups until banks and halves are back where they were.
-        constexpr int kHalvesOfTurn = std::max(kHalvesOfGroup * kBanks, L::kHalves);
-#pragma unroll
-        for (int i = 0; i < L::kTiles; ++i) {
-#pragma unroll
-          for (int r = 0; r < kSums; ++r) {
-            total[i][r] = 0.f;
-            if constexpr (kBanks == 2) sums[1][i][r] = 0.f;
+          multiply(sums[i], a[set], at[j].stage, half, word > 0);
+          // The first tile's words are through when kSets - 1 of the second are not.
+          constexpr int kFirstIsDone = std::min(kWords, kSets - 1) - 1;
+          if constexpr (i == 1 && word == kFirstIsDone) {
+            if constexpr (kWords < kSets - 1) wgmma_wait<kWords>();
+            add_tile(Constant<0>{});
           }
-        }
-        float scales[4];                // of the group that is added next
-        [[maybe_unused]] float next[4];  // with two banks: of the group that is multiplied meanwhile
-        const auto load_scales_of = [&](int row, float (&to)[4]) {
-          const uint32_t from = scales_of(ring.stage, row);
-          if (args.scales_are_f32) {
-            load_scales<float>(to, from + feature_of_tile * 4);
-          } else {
-            load_scales<T>(to, from + feature_of_tile * 2);
-          }
-        };
-        const auto add_group = [&](auto bank_) {
-          constexpr int bank = decltype(bank_)::value;
-          pin_bank(bank_);
-#pragma unroll
-          for (int i = 0; i < L::kTiles; ++i) {
-#pragma unroll
-            for (int r = 0; r < kSums; ++r)
-              total[i][r] = fmaf(scales[2 * i + r / 2 % 2], sums[bank][i][r], total[i][r]);
-          }
-        };
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scales[i] = 0.f;
-        uint4 words;
-        // Half a block, the h-th half of a turn. No branch may part the wgmma of a turn: ptxas would serialise
-        // them (C7513).
-        const auto half_block = [&](auto step) {
-          constexpr int h = decltype(step)::value;
-          constexpr int half = h % L::kHalves;
-          constexpr int bank = h / kHalvesOfGroup % kBanks;
-          constexpr bool kStarts = h % kHalvesOfGroup == 0;
-          constexpr bool kEnds = h % kHalvesOfGroup == kHalvesOfGroup - 1;
-          if constexpr (half == 0) words = words_of(ring.stage);
-          if constexpr (kStarts) load_scales_of(half * kRows / L::kHalves, kBanks == 2 ? next : scales);
-          dequantize_word<T, 2>(a[half][0], half == 0 ? words.x : words.z);
-          dequantize_word<T, 2>(a[half][1], half == 0 ? words.y : words.w);
-          multiply(Constant<half>{}, Constant<bank>{}, !kStarts);
-          wgmma_wait<kBanks == 1 && kEnds ? 0 : 1>();
-          if constexpr (half == 0) {
-            release();
-            stage_in_use = ring.stage;
-          } else {
-            ring.advance();
-          }
-          if constexpr (kBanks == 2 && kStarts) {
-            add_group(Constant<1 - bank>{});
-#pragma unroll
-            for (int i = 0; i < 4; ++i) scales[i] = next[i];
-          }
-          if constexpr (kBanks == 1 && kEnds) add_group(Constant<0>{});
-        };
-        const int halves = (segment.last_block - segment.first_block) * L::kHalves;
-        int begin = 0;
-        for (; begin + kHalvesOfTurn <= halves; begin += kHalvesOfTurn) unrolled<kHalvesOfTurn>(half_block);
-        if constexpr (kBanks == 2) {
-          constexpr int kHalvesLeft = std::max(kHalvesOfGroup, L::kHalves);
-          if (kHalvesLeft < kHalvesOfTurn && begin < halves) {
-            unrolled<kHalvesLeft>(half_block);
+          // The second tile's sums cannot wait for the next group's words as well: ptxas then serialises the wgmma.
+          if constexpr (i == 1 && word == kWords - 1) {
             wgmma_wait<0>();
-            add_group(Constant<0>{});
-          } else {
-            wgmma_wait<0>();
-            add_group(Constant<1>{});
+            if constexpr (part == kParts - 1) {
+              for (int j = 0; j < kBlocks; ++j) release(at[j].stage);
+            }
+            add_tile(Constant<1>{});
+          }
+        });
+      }
+    };
+
+    const auto store = [&](const Segment& segment, const auto& d) {
+      const int feature = segment.n_tile * Smem::kFeatures + feature_of_tile;
+      const int token0 = segment.m_tile * kTokens + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float4 v = features_of(d, j, e);
+          const int token = token0 + 8 * j + e;
+          if (segment.part >= 0) {
+            const int64_t row =
+                (static_cast<int64_t>(segment.part) * kWarpgroups + warpgroup) * (kTokens / 4);
+            args.parts[(row + 2 * j + e) * 128 + threadIdx.x % 128] = v;
+          } else if (feature < args.n && token < args.m) {
+            store_outputs<T>(args.y, static_cast<int64_t>(token) * args.n + feature, v, args.y_is_f32);
           }
         }
       }
-      release();
-      stage_in_use = -1;
+    };
 
-      const auto store = [&](const auto& d) {
-        const int token0 = segment.m_tile * kTokens + lane % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < kTokens / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float4 v = features_of(d, j, e);
-            const int token = token0 + 8 * j + e;
-            if (segment.part >= 0) {
-              const int64_t row = (static_cast<int64_t>(segment.part) * kWarpgroups + warpgroup) * (kTokens / 4);
-              args.parts[(row + 2 * j + e) * 128 + threadIdx.x % 128] = v;
-            } else if (real && token < args.m) {
-              store_outputs<T>(args.y, static_cast<int64_t>(token) * args.n + feature, v, args.y_is_f32);
-            }
-          }
-        }
-      };
+    for_each_segment(args, [&](const Segment& segment) {
       if constexpr (kScaledSums) {
-        store(total);
+        multiply_and_scale_sums(segment);
+        store(segment, total);
       } else {
-        store(sums[0]);
+        multiply_scaled_weights(segment);
+        store(segment, sums);
       }
     });
   };
 
   if (warpgroup == kWarpgroups) {
-    give_registers<kProducerRegisters>();
+    give_registers<kProducerRegisters<kHasZeros>>();
     if (threadIdx.x == kWarpgroups * 128) produce();
   } else {
-    take_registers<kConsumerRegisters<kWarpgroups>>();
+    take_registers<kConsumerRegisters<kWarpgroups, kHasZeros>>();
     consume();
   }
 #endif

@@ -130,17 +130,33 @@ int compute_capability() {
   return least == 0 ? 80 : least;
 }
 
-std::string why_unsupported_by_name(int64_t m, int64_t n, int64_t k, int64_t groups,
-                                    const std::string& x_dtype, const std::string& scale_dtype,
-                                    const std::string& out_dtype, bool portable) {
-  static const int capability = compute_capability();
+MatmulArgs args_by_name(int64_t m, int64_t n, int64_t k, int64_t groups, const std::string& x_dtype,
+                        const std::string& scale_dtype, const std::string& out_dtype, bool portable) {
   MatmulArgs args;
   args.problem = problem_of(m, n, k, groups);
   args.x_type = dtype_of(x_dtype);
   args.scale_type = dtype_of(scale_dtype);
   args.y_type = dtype_of(out_dtype);
   args.portable = portable;
-  return why_unsupported(args, capability);
+  return args;
+}
+
+std::string why_unsupported_by_name(int64_t m, int64_t n, int64_t k, int64_t groups,
+                                    const std::string& x_dtype, const std::string& scale_dtype,
+                                    const std::string& out_dtype, bool portable) {
+  static const int capability = compute_capability();
+  return why_unsupported(args_by_name(m, n, k, groups, x_dtype, scale_dtype, out_dtype, portable),
+                         capability);
+}
+
+std::string describe_kernel_by_name(int64_t m, int64_t n, int64_t k, int64_t groups,
+                                    const std::string& x_dtype, const std::string& scale_dtype,
+                                    const std::string& out_dtype, bool zeros, bool portable) {
+  MatmulArgs args = args_by_name(m, n, k, groups, x_dtype, scale_dtype, out_dtype, portable);
+  if (zeros) args.zeros = &args;  // only whether there are any counts
+  int sms = 0;
+  if (cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0) != cudaSuccess) cudaGetLastError();
+  return describe_kernel(args, compute_capability(), std::max(sms, 1));
 }
 
 int64_t scratch_bytes_by_name(int64_t m, int64_t n, int64_t k, int64_t groups, const std::string& x_dtype,
@@ -170,6 +186,11 @@ NB_MODULE(_cuda, m) {
       nb::arg("groups"), nb::arg("x_dtype"), nb::arg("scale_dtype"), nb::arg("out_dtype"),
       nb::arg("portable"),
       "\"\" or one sentence that says why no kernel covers these sizes and dtypes on this machine's GPUs.");
+  m.def("describe_kernel", &describe_kernel_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
+        nb::arg("groups"), nb::arg("x_dtype"), nb::arg("scale_dtype"), nb::arg("out_dtype"),
+        nb::arg("zeros"), nb::arg("portable"),
+        "Which kernel a product that is supported takes on this machine's GPU, with its tiles, for people "
+        "to read.");
   m.def(
       "handler_runs", [] { return handler_runs.load(); },
       "How often XLA ran the FFI handler in this process; replays of a captured graph do not count.");

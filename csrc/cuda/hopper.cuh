@@ -49,7 +49,8 @@ __device__ __forceinline__ void copy_bulk(uint32_t to_shared, const void* from_g
 __device__ __forceinline__ void copy_box(uint32_t to_shared, const CUtensorMap& map, int column, int row,
                                          uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], "
       "[%4];\n" ::"r"(to_shared),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");

@@ -3,12 +3,22 @@
 
 #include "decode.cuh"
 #include "decode_launch.h"
+#include "gemm_launch.h"
+#include "gemm_plan.h"
 #include "matmul.h"
 
 namespace jax_trirun::cuda {
 namespace {
 
 constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
+
+// wgmma is an instruction of sm_90a alone.
+bool has_gemm(bool portable, int compute_capability) { return !portable && compute_capability / 10 == 9; }
+
+// The one place that divides products between the kernels for few tokens and those for many.
+bool takes_gemm(const MatmulArgs& args, int compute_capability) {
+  return args.problem.m >= kMinGemmTokens && has_gemm(args.portable, compute_capability);
+}
 
 std::string sizes(const Problem& p) {
   return "M=" + std::to_string(p.m) + ", K=" + std::to_string(p.k) + ", N=" + std::to_string(p.n) +
@@ -82,21 +92,54 @@ std::string why_unsupported(const MatmulArgs& args, int compute_capability) {
     return std::string("matmul: y must have x's dtype ") + name_of(args.x_type) + " or float32, got " +
            name_of(args.y_type);
   }
-  if (p.m > kMaxDecodeTokens) {
-    return "matmul: the kernels take up to " + std::to_string(kMaxDecodeTokens) + " rows of x, got " +
+  if (p.m > kMaxDecodeTokens && !has_gemm(args.portable, compute_capability)) {
+    return "matmul: the portable kernels take up to " + std::to_string(kMaxDecodeTokens) +
+           " rows of x, got " + sizes(p);
+  }
+  if (p.m > kMaxGemmTokens) {
+    return "matmul: the kernels take up to " + std::to_string(kMaxGemmTokens) + " rows of x, got " +
            sizes(p);
+  }
+  if (p.m > kMaxDecodeTokens && gemm_x_sums(p) > kMaxInt) {
+    return "matmul: M * K / group_size must be below 2^31, got " + sizes(p);
   }
   if (p.n % 8 != 0 || p.k % 8 != 0) return "matmul: N and K must be multiples of 8, got " + sizes(p);
   if (p.n > kMaxInt / 64 || p.k > kMaxInt / 64)
     return "matmul: N and K must be below 2^25, got " + sizes(p);
-  if (p.m > 0 && portable_parts(p) == 0) return "matmul: K does not fit, got " + sizes(p);
+  if (p.m > 0 && p.m <= kMaxDecodeTokens && portable_parts(p) == 0)
+    return "matmul: K does not fit, got " + sizes(p);
   return "";
 }
 
-int64_t scratch_bytes(const Problem& problem, DType, bool) {
-  if (problem.m == 0 || problem.m > kMaxDecodeTokens) return 0;
+int64_t scratch_bytes(const Problem& problem, DType, bool portable) {
+  const int64_t gemm = portable ? 0 : gemm_scratch_bytes(problem);
+  if (problem.m == 0 || problem.m > kMaxDecodeTokens) return gemm;
   const int64_t parts = portable_parts(problem);
-  return parts > 1 ? parts * problem.m * problem.n * 4 : 0;
+  return std::max(gemm, parts > 1 ? parts * problem.m * problem.n * 4 : 0);
+}
+
+std::string describe_kernel(const MatmulArgs& args, int compute_capability, int sms) {
+  const Problem& p = args.problem;
+  if (takes_gemm(args, compute_capability)) {
+    const GemmKernel kernel = choose_gemm_kernel(
+        p, args.scale_type == args.x_type && args.y_type == args.x_type, args.zeros != nullptr);
+    const GemmShape shape = shape_of(kernel);
+    const GemmPlan plan = plan_gemm(p, kernel, sms);
+    return std::string("wgmma, scales on the ") +
+           (kernel == GemmKernel::kWeights128 ? "weights" : "sums of groups") + ", " +
+           std::to_string(plan.m_tiles * plan.n_tiles) + " tiles of " + std::to_string(shape.tokens) +
+           " tokens x " + std::to_string(shape.features()) + " features, " +
+           std::to_string(plan.cut_tiles()) + " of them cut along K, words read " +
+           std::to_string(plan.m_tiles) + " times";
+  }
+  const bool portable = args.portable || compute_capability < 90;
+  const DecodeKernel kernel = choose_decode_kernel(p, sms, portable);
+  const bool slices = kernel == DecodeKernel::kSlices1 || kernel == DecodeKernel::kSlices2;
+  const int tokens = shape_of(kernel).tokens;
+  return std::string(portable ? "portable mma.sync" : "mma.sync") +
+         (slices ? ", activations as int8 digits" : ", 16-bit floats") + ", up to " +
+         std::to_string(tokens) + " tokens at a time, words read " + std::to_string(ceil_div(p.m, tokens)) +
+         " times";
 }
 
 std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
@@ -115,6 +158,11 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   if (std::string why = why_misaligned(args); !why.empty()) return why;
   const Problem& p = args.problem;
   if (p.m == 0 || p.n == 0) return "";
+
+  if (takes_gemm(args, major * 10 + minor)) {
+    return args.x_type == DType::kF16 ? launch_gemm_f16(args, sms, stream)
+                                      : launch_gemm_bf16(args, sms, stream);
+  }
 
   DecodeArgs decode = {};
   decode.x = args.x;

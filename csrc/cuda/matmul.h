@@ -31,6 +31,10 @@ std::string why_unsupported(const MatmulArgs& args, int compute_capability);
 // Bytes of scratch that matmul needs for these sizes; the same on every device.
 int64_t scratch_bytes(const Problem& problem, DType x_type, bool portable);
 
+// The kernel that `matmul` takes on a device with this compute capability and so many multiprocessors, its
+// tiles and its split of K, for people to read. Only for what is supported.
+std::string describe_kernel(const MatmulArgs& args, int compute_capability, int sms);
+
 // Enqueues y = x @ (scales * (codes - zeros)) on `stream`: no allocation, no synchronisation, the same
 // bits every time. Returns an empty string, or what went wrong.
 std::string matmul(const MatmulArgs& args, cudaStream_t stream);

@@ -37,20 +37,21 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
 template <typename T, int kColumns>
 struct Wgmma;
 
-#define JAX_TRIRUN_WGMMA(T, TYPE, COLUMNS, OPERANDS, A, B, ACCUMULATE, ...)                                  \
-  template <>                                                                                                \
-  struct Wgmma<T, COLUMNS> {                                                                                 \
-    static __device__ __forceinline__ void mma(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b,  \
-                                               bool accumulate) {                                            \
-      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE                          \
-                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE "{" OPERANDS  \
-                   "}, {" A "}, " B ", accumulate, 1, 1, 0;\n}\n"                                            \
-                   : __VA_ARGS__                                                                             \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))); \
-    }                                                                                                        \
+#define JAX_TRIRUN_WGMMA(T, TYPE, COLUMNS, OPERANDS, A, B, ACCUMULATE, ...)                     \
+  template <>                                                                                   \
+  struct Wgmma<T, COLUMNS> {                                                                    \
+    static __device__ __forceinline__ void mma(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], \
+                                               uint64_t b, bool accumulate) {                   \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE             \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE  \
+                   "{" OPERANDS "}, {" A "}, " B ", accumulate, 1, 1, 0;\n}\n"                  \
+                   : __VA_ARGS__                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                        \
+                     "r"(static_cast<int>(accumulate)));                                        \
+    }                                                                                           \
   };
-#define JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(...)              \
-  JAX_TRIRUN_WGMMA(__half, "f16", __VA_ARGS__)           \
+#define JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(...)    \
+  JAX_TRIRUN_WGMMA(__half, "f16", __VA_ARGS__) \
   JAX_TRIRUN_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__)
 
 // clang-format off
@@ -63,17 +64,20 @@ JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(16,
   "%8, %9, %10, %11", "%12", "%13",
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
   "+f"(d[7]))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(24,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11",
-  "%12, %13, %14, %15", "%16", "%17",
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-  "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]))
 JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(32,
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
   "%16, %17, %18, %19", "%20", "%21",
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
   "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
   "+f"(d[14]), "+f"(d[15]))
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(48,
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+  "%20, %21, %22, %23",
+  "%24, %25, %26, %27", "%28", "%29",
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+  "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+  "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+  "+f"(d[21]), "+f"(d[22]), "+f"(d[23]))
 JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(64,
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
@@ -83,18 +87,6 @@ JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(64,
   "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
   "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
   "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(96,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
-  "%48, %49, %50, %51", "%52", "%53",
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-  "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-  "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
-  "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-  "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
-  "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
-  "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]))
 JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(128,
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "

@@ -1,0 +1,143 @@
+// Launches the kernels of gemm.cuh. Included by the gemm_*.cu files only, each of which compiles them for one
+// type of x.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "decode_launch.h"
+#include "gemm.cuh"
+#include "gemm_launch.h"
+#include "gemm_plan.h"
+
+namespace jax_trirun::cuda {
+
+// sum(x) of each `group_size` of K, for zeros: sums[group * stride + token]. A warp takes one sum.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    sum_groups(const T* x, float* sums, int m, int k, int group_size, int stride) {
+  const int64_t item = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int groups = (k + group_size - 1) / group_size;
+  const int token = static_cast<int>(item / groups), group = static_cast<int>(item % groups);
+  if (token >= stride) return;
+  float sum = 0.f;
+  if (token < m) {
+    const T* row = x + static_cast<int64_t>(token) * k;
+    const int end = min(k, (group + 1) * group_size);
+    for (int i = group * group_size + threadIdx.x % 32; i < end; i += 32) sum += static_cast<float>(row[i]);
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  if (threadIdx.x % 32 == 0) sums[static_cast<int64_t>(group) * stride + token] = sum;
+}
+
+// x as the copy engine reads it: boxes of `tokens` rows and one block of K, swizzled for wgmma.
+inline std::string make_x_map(CUtensorMap& map, const MatmulArgs& args, int tokens) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  // From the driver, at run time: the module must load on machines that have none.
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                               cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
+                                                                        : nullptr;
+  }();
+  if (encode == nullptr)
+    return "matmul: the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or later has it";
+  const Problem& p = args.problem;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.m)};
+  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(p.k) * 2};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(Layout<2>::kBlockK), static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t every[2] = {1, 1};
+  const CUresult result = encode(
+      &map, args.x_type == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      2, const_cast<void*>(args.x), sizes, row_bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return "";
+  return "matmul: cuTensorMapEncodeTiled failed with error " + std::to_string(result);
+}
+
+template <GemmKernel kernel, typename T, int kGroupSize, bool kHasZeros>
+std::string launch_gemm_instance(const MatmulArgs& args, int sms, cudaStream_t stream) {
+  constexpr GemmShape kShape = shape_of(kernel);
+  using Smem = GemmSmem<kShape.tokens, kShape.warpgroups, kGroupSize, kHasZeros, kShape.stages>;
+  static_assert(Smem::kBytes <= 227 * 1024, "what a thread block may have on sm_90");
+  const Problem& p = args.problem;
+  const GemmPlan plan = plan_gemm(p, kernel, sms);
+
+  GemmArgs gemm = {};
+  gemm.words = reinterpret_cast<const uint4*>(args.words);
+  gemm.scales = args.scales;
+  gemm.zeros = args.zeros;
+  gemm.y = args.y;
+  gemm.parts = static_cast<float4*>(args.scratch);
+  gemm.m = static_cast<int>(p.m), gemm.n = static_cast<int>(p.n);
+  gemm.k_blocks = static_cast<int>(p.k_blocks<2>()), gemm.n_blocks = static_cast<int>(p.n_blocks<2>());
+  gemm.groups = static_cast<int>(p.groups);
+  gemm.group_stride = p.groups == 1 ? 0 : gemm.n;
+  gemm.group_shift = p.groups == 1 ? 31 : p.group_size() == 32 ? 5 : p.group_size() == 64 ? 6 : 7;
+  gemm.scales_are_f32 = args.scale_type == DType::kF32;
+  gemm.y_is_f32 = args.y_type == DType::kF32;
+  gemm.m_tiles = plan.m_tiles, gemm.n_tiles = plan.n_tiles;
+  gemm.band = plan.band, gemm.whole_tiles = plan.whole_tiles, gemm.units = plan.units;
+
+  CUtensorMap x_map;
+  if (std::string error = make_x_map(x_map, args, kShape.tokens); !error.empty()) return error;
+  if constexpr (kHasZeros) {
+    float* x_sums = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + gemm_part_bytes(p, kernel));
+    gemm.x_sums = x_sums;
+    gemm.x_sums_stride = static_cast<int>(gemm_x_sums_stride(p));
+    sum_groups<T><<<static_cast<unsigned>(ceil_div(gemm_x_sums(p), 8)), 256, 0, stream>>>(
+        static_cast<const T*>(args.x), x_sums, gemm.m, static_cast<int>(p.k), kGroupSize,
+        gemm.x_sums_stride);
+    if (cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+      return describe("launching sum_groups", error);
+  }
+
+  const auto function =
+      gemm_kernel<T, kShape.tokens, kShape.warpgroups, kGroupSize, kHasZeros, kShape.stages>;
+  cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Smem::kBytes);
+  if (error != cudaSuccess) return describe("cudaFuncSetAttribute", error);
+  function<<<plan.grid, (kShape.warpgroups + 1) * 128, Smem::kBytes, stream>>>(x_map, gemm);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return describe("launching the gemm kernel", error);
+  if (plan.cut_tiles() == 0) return "";
+  add_gemm_parts<T, kShape.tokens, kShape.warpgroups>
+      <<<dim3(plan.cut_tiles(), kShape.warpgroups, kShape.tokens / 8), 128, 0, stream>>>(gemm, plan.grid);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? "" : describe("launching add_gemm_parts", error);
+}
+
+template <GemmKernel kernel, typename T, bool kHasZeros>
+std::string launch_gemm_for_groups(const MatmulArgs& args, int sms, cudaStream_t stream) {
+  switch (gemm_group_size(args.problem)) {
+    case 32: return launch_gemm_instance<kernel, T, 32, kHasZeros>(args, sms, stream);
+    case 64: return launch_gemm_instance<kernel, T, 64, kHasZeros>(args, sms, stream);
+    default: return launch_gemm_instance<kernel, T, 128, kHasZeros>(args, sms, stream);
+  }
+}
+
+template <typename T>
+std::string launch_gemm_of(const MatmulArgs& args, int sms, cudaStream_t stream) {
+  const bool all_of_x_type = args.scale_type == args.x_type && args.y_type == args.x_type;
+  switch (choose_gemm_kernel(args.problem, all_of_x_type, args.zeros != nullptr)) {
+    case GemmKernel::kSums32:
+      return launch_gemm_for_groups<GemmKernel::kSums32, T, false>(args, sms, stream);
+    case GemmKernel::kSums64:
+      return launch_gemm_for_groups<GemmKernel::kSums64, T, false>(args, sms, stream);
+    case GemmKernel::kZeros48:
+      return launch_gemm_for_groups<GemmKernel::kZeros48, T, true>(args, sms, stream);
+    case GemmKernel::kWeights128:
+      return launch_gemm_instance<GemmKernel::kWeights128, T, 0, false>(args, sms, stream);
+  }
+  return "matmul: no such kernel";
+}
+
+}  // namespace jax_trirun::cuda

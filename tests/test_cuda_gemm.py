@@ -1,0 +1,135 @@
+"""What the CUDA kernels for many tokens must do on a Hopper GPU (csrc/cuda/gemm.cuh).
+
+Which of them runs follows from M and the types (csrc/cuda/gemm_plan.h): scales on the sums of 32 or 64
+tokens, the same with zeros for 48, scales on the weights for 128.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_trirun
+from jax_trirun import _ffi
+from jax_trirun.testing import MatmulProblem, Reference, assert_close, check_problem, matmul_float64
+
+
+def _is_hopper() -> bool:
+    if "cuda" not in _ffi.usable_backends():
+        return False
+    capability = getattr(jax.local_devices(backend="cuda")[0], "compute_capability", "")
+    return str(capability).startswith("9.")
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("not _is_hopper()", reason="needs an NVIDIA Hopper GPU and the CUDA module (_cuda)"),
+]
+
+HALVES = ("float16", "bfloat16")
+both_halves = pytest.mark.parametrize("dtype", HALVES)
+# Rows of x that each kernel gets, zeros aside.
+ROWS_OF_KERNELS = (20, 50, 150)
+
+
+def check(problem, **options):
+    """The problem is within its bound, and it is a kernel that computes it."""
+    x = jax.ShapeDtypeStruct((problem.m, problem.k), problem.x_dtype)
+    text = jax_trirun.explain(x, problem.quant_tensor())
+    assert f"the FFI call {_ffi.MATMUL_TARGET}" in text, text
+    return check_problem(problem, backend="cuda", **options)
+
+
+@both_halves
+@pytest.mark.parametrize("m", [17, 31, 32, 33, 47, 48, 49, 64, 65, 96, 127, 128, 129, 256, 257, 300])
+def test_rows_around_the_tiles(m, dtype):
+    for with_zeros in (False, True):
+        check(MatmulProblem(m, 512, 328, 128, dtype, dtype, with_zeros))
+
+
+@both_halves
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_every_kernel_with_every_type(group_size, scale_dtype, dtype):
+    for m, with_zeros, out_dtype in itertools.product(ROWS_OF_KERNELS, (False, True), (None, "float32")):
+        problem = MatmulProblem(m, 768, 200, group_size, dtype, scale_dtype, with_zeros)
+        assert check(problem, out_dtype=out_dtype).dtype == jnp.dtype(out_dtype or dtype)
+
+
+@pytest.mark.parametrize(
+    ("k", "group_size"),
+    [
+        *((k, -1) for k in (8, 72, 77, 100, 136, 200, 1000, 4104)),
+        *((32, 32), (96, 32), (160, 32), (64, 64), (192, 64), (320, 64), (128, 128), (384, 128), (8576, 128)),
+    ],
+)
+def test_k_that_fills_no_tile(k, group_size):
+    for m, with_zeros in itertools.product(ROWS_OF_KERNELS, (False, True)):
+        check(MatmulProblem(m, k, 104, group_size, "bfloat16", "bfloat16", with_zeros))
+
+
+@pytest.mark.parametrize("n", [1, 8, 33, 40, 136, 384, 392, 1000, 4224 + 8])
+def test_columns_that_fill_no_tile(n):
+    for m in ROWS_OF_KERNELS:
+        check(MatmulProblem(m, 384, n, 64, "float16", "float16"))
+
+
+@both_halves
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(20, 8192, 4096), (64, 14336, 1024), (300, 4096, 4096), (2000, 640, 3000)]
+)
+def test_tiles_in_rounds_and_in_parts(m, k, n, dtype):
+    """Whole rounds of the grid, tiles cut along K by two thread blocks and by many; the same bits every time."""
+    problem = MatmulProblem(m, k, n, 128, dtype, dtype)
+    x, qt = jnp.asarray(problem.x()), problem.quant_tensor()
+    y = check(problem)
+    again = jax.jit(jax_trirun.matmul)(x, qt)
+    assert bool(jnp.array_equal(jnp.asarray(y).view(jnp.uint16), again.view(jnp.uint16)))
+
+
+@both_halves
+@pytest.mark.parametrize("mean", [1.0, -100.0])
+def test_activations_with_a_large_mean(mean, dtype):
+    for m, with_zeros, out_dtype in itertools.product(ROWS_OF_KERNELS, (False, True), (None, "float32")):
+        check(MatmulProblem(m, 8192, 64, 128, dtype, dtype, with_zeros, x_mean=mean), out_dtype=out_dtype)
+
+
+@both_halves
+def test_a_row_is_the_same_in_any_company(dtype):
+    problem = MatmulProblem(300, 512, 72, 64, dtype, dtype)
+    x, qt = problem.x(), problem.quant_tensor()
+    reference = matmul_float64(x, problem.codes(), problem.scales())
+    for rows in (range(299, -1, -1), range(40), [5] * 130, range(100, 120)):
+        rows = list(rows)
+        y = jax_trirun.matmul(jnp.asarray(x[rows]), qt, backend="cuda")
+        assert_close(y, Reference(reference.y[rows], reference.bound[rows]))
+
+
+@pytest.mark.parametrize("m", ROWS_OF_KERNELS)
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_infinite_activations_stay_in_their_row(value, m):
+    problem = MatmulProblem(m, 200, 104, -1, "float16", "float16")
+    x, qt = problem.x(), problem.quant_tensor()
+    x[7, 199] = value
+    y = np.asarray(jax_trirun.matmul(jnp.asarray(x), qt, backend="cuda"))
+    others = np.arange(m) != 7
+    assert np.isfinite(y[others]).all()
+    assert not np.isfinite(y[7]).any()
+
+
+@pytest.mark.parametrize("m", ROWS_OF_KERNELS)
+def test_every_code_and_scales_of_either_sign_are_exact(m):
+    """Small integers throughout: any misplaced code, scale or row shows."""
+    rng = np.random.default_rng(0)
+    for group_size, k, n in ((32, 256, 264), (128, 512, 520), (-1, 320, 136)):
+        codes = rng.integers(0, 4, (k, n)).astype(np.uint8)
+        groups = 1 if group_size == -1 else k // group_size
+        scales = rng.integers(-2, 3, (groups, n)).astype(np.float16)
+        x = rng.integers(-3, 4, (m, k)).astype(np.float16)
+        qt = jax_trirun.QuantTensor(
+            jax_trirun.pack(codes), jnp.asarray(scales), None, shape=(k, n), group_size=group_size
+        )
+        y = jax_trirun.matmul(jnp.asarray(x), qt, out_dtype="float32", backend="cuda")
+        np.testing.assert_array_equal(np.asarray(y), matmul_float64(x, codes, scales).y)
