@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ SHORTEST = 32
 
 
 class Scorer:
-    """Losses of tokens under one decoder, compiled once a shape; the weights are arguments.
+    """Losses of tokens under one decoder, compiled once a shape for all decoders built alike.
 
     The head runs over `HEAD_ROWS` positions at a time, so that no [B, T, vocabulary] array of logits
     exists: for a small model it would be most of the memory.
@@ -32,20 +33,8 @@ class Scorer:
     def __init__(self, model: Any):
         from flax import nnx
 
-        graph, state = nnx.split(model)
-        self._weights, tree = jax.tree.flatten(state)
-
-        def score(weights, tokens, ends=None):
-            model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-            with jax.default_matmul_precision("highest"):  # GPUs would round float32 to TensorFloat-32
-                hidden, _ = model.hidden(tokens)
-                found = _score_rows(model.logits, hidden[:, :-1], tokens[:, 1:])
-                if ends is None:
-                    return found
-                last = jnp.take_along_axis(hidden, ends[:, None, None] - 1, axis=1)[:, 0]
-                return *found, jax.nn.log_softmax(model.logits(last), axis=-1)
-
-        self._score = jax.jit(score)
+        self._graph, state = nnx.split(model)
+        self._weights, self._tree = jax.tree.flatten(state)
 
     def __call__(self, tokens: Any) -> jax.Array:
         return self.score(tokens)[0]
@@ -55,7 +44,7 @@ class Scorer:
         log-likelihood, float32 [B, T - 1], in natural logarithms; and whether no other token was
         likelier, bool [B, T - 1].
         """
-        return self._score(self._weights, tokens)
+        return _score(self._graph, self._tree, self._weights, tokens)
 
     def score_next(self, tokens: Any, ends: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`score`, and log p(the token after the first ends[b] of row b), float32 [B, vocabulary].
@@ -63,7 +52,21 @@ class Scorer:
         Args:
           tokens: [B, T] int32. ends: [B] int32, in 1 .. T.
         """
-        return self._score(self._weights, tokens, ends)
+        return _score(self._graph, self._tree, self._weights, tokens, ends)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(graph, tree, weights, tokens, ends=None):
+    from flax import nnx
+
+    model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+    with jax.default_matmul_precision("highest"):  # GPUs would round float32 to TensorFloat-32
+        hidden, _ = model.hidden(tokens)
+        found = _score_rows(model.logits, hidden[:, :-1], tokens[:, 1:])
+        if ends is None:
+            return found
+        last = jnp.take_along_axis(hidden, ends[:, None, None] - 1, axis=1)[:, 0]
+        return *found, jax.nn.log_softmax(model.logits(last), axis=-1)
 
 
 def _score_rows(head: Any, hidden: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
