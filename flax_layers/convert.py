@@ -1,5 +1,6 @@
 """Quantise a whole model, one module after another: ``quantize_module`` (nnx), ``quantize_params`` (linen)."""
 
+import math
 import re
 import sys
 import time
@@ -37,7 +38,7 @@ class Row:
     shape: tuple[int, ...]  # of the float kernel
     group_size: int
     bits: int
-    error: float  # |W - W_quantised| / |W|, Frobenius norms
+    error: float  # |W - W_quantised| / |W|, Frobenius norms; NaN where only shapes are known (nnx.eval_shape)
     bytes_before: int  # of the kernel
     bytes_after: int  # of words, scales and zeros
     seconds: float
@@ -404,13 +405,13 @@ class _naming:
 
 
 def _row(name: str, kernel: jax.Array, weight: QuantTensor, start: float) -> Row:
-    error = float(_relative_error(kernel, weight))
+    error = _relative_error(kernel, weight)
     return Row(
         name,
         tuple(kernel.shape),
         weight.group_size,
         weight.bits,
-        error,
+        math.nan if isinstance(error, jax.core.Tracer) else float(error),
         kernel.nbytes,
         weight.nbytes,
         time.perf_counter() - start,
