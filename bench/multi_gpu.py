@@ -1,7 +1,7 @@
 """Time the feed-forward products of a 70B-like decoder on 1, 2, 4, ... devices, with their all-reduce shown apart.
 
     python bench/multi_gpu.py                                   # 8192 -> 57344, 28672 -> 8192, M = 1, 8, 16, 32
-    python bench/multi_gpu.py --k 256 --n 512 --devices 1,2 --m 1 --layers 2 --passes 2      # a trial on CPU
+    python bench/multi_gpu.py --k 256 --n 512 --devices 1,2 --m 1 --layers 2 --calls 2       # a trial on CPU
 
 A block is a column-parallel product x [M, K] @ [K, 2 N], the sum of neighbouring pairs of columns in the place
 of the gated activation, and a row-parallel product [M, N] @ [N, K], after which one all-reduce sums the float32
@@ -11,9 +11,9 @@ parts. Three programs are timed on every number of devices:
     matmuls      the same without the all-reduce: every device goes on with its own part
     all-reduce   only the all-reduces, one after the other
 
-Times are microseconds a block, the median of several calls. A call is ``passes`` times over ``layers`` blocks
-with weights of their own (far more than the L2 cache holds), in one program, so that nothing of the host's
-work is in them. The speed-up of n devices is the time of one over the time of n.
+Times are microseconds a block, the median of several turns. A program has ``layers`` blocks with weights of
+their own (far more than the L2 cache holds), a turn is ``calls`` of it in a row, so that the host prepares one
+while the devices do another. The speed-up of n devices is the time of one over the time of n.
 """
 
 import argparse
@@ -38,7 +38,7 @@ import jax_trirun
 from jax_trirun.layout import layout
 
 GROUP_SIZE = 128
-CALLS = 12
+TURNS = 9
 COLUMNS, ROWS = (P(None, "d", None), P(None, "d")), (P("d", None, None), P("d", None))
 
 
@@ -48,7 +48,9 @@ def random_weight(key: jax.Array, k: int, n: int, mesh: Mesh, specs: tuple) -> t
     def make(key):
         words = jax.random.bits(key, layout(2).words_shape(k, n), "uint32")
         signs = jax.random.rademacher(key, (k // GROUP_SIZE, n), "bfloat16")
-        return words, signs * (1.5 * k) ** -0.5  # codes minus the zero point have mean square 1.5
+        return words, signs * (
+            3 * k
+        ) ** -0.5  # codes minus the zero point have mean square 1.5; pairs are summed
 
     return jax.jit(make, out_shardings=tuple(NamedSharding(mesh, s) for s in specs))(key)
 
@@ -57,16 +59,11 @@ def block(x: jax.Array, weight: tuple, *, row_parallel: Any) -> jax.Array:
     """One block; ``row_parallel`` does its second product."""
     up_words, up_scales, down_words, down_scales = weight
     h = jax_trirun.matmul(x, up_words, up_scales)
-    h = h.reshape(h.shape[0], -1, 2).sum(-1) * np.asarray(2**-0.5, h.dtype)
+    h = h.reshape(h.shape[0], -1, 2).sum(-1)
     return row_parallel(h, down_words, down_scales)
 
 
-def repeat(body: Any, passes: int) -> Any:
-    """x -> body(x, *rest), ``passes`` times over, in one program."""
-    return lambda x, *rest: jax.lax.fori_loop(0, passes, lambda _, x: body(x, *rest), x)
-
-
-def programs(mesh: Mesh, weights: list[tuple], passes: int) -> dict[str, Any]:
+def programs(mesh: Mesh, weights: list[tuple]) -> dict[str, Any]:
     """{name: function of x}, each one compiled program on the mesh."""
     devices = mesh.devices.size
 
@@ -75,9 +72,6 @@ def programs(mesh: Mesh, weights: list[tuple], passes: int) -> dict[str, Any]:
             x = block(x, weight, row_parallel=row_parallel)
         return x
 
-    def own_part(h, *weight):
-        return jax_trirun.matmul(h, *weight) * np.asarray(devices**0.5, h.dtype)  # as large as a whole sum
-
     def reduces(x, weights):
         for _ in weights:
             x = jax.lax.psum(x, "d") * np.float32(1 / devices)
@@ -85,12 +79,11 @@ def programs(mesh: Mesh, weights: list[tuple], passes: int) -> dict[str, Any]:
 
     def on_each_device(body):
         specs = (P(None, None), [(*COLUMNS, *ROWS)] * len(weights))
-        looped = repeat(body, passes)
-        return jax.shard_map(looped, mesh=mesh, in_specs=specs, out_specs=P(None, None), check_vma=False)
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(None, None), check_vma=False)
 
     result = {
-        "block": repeat(partial(blocks, row_parallel=jax_trirun.matmul), passes),
-        "matmuls": on_each_device(partial(blocks, row_parallel=own_part)),
+        "block": partial(blocks, row_parallel=jax_trirun.matmul),
+        "matmuls": on_each_device(partial(blocks, row_parallel=jax_trirun.matmul)),
     }
     if devices > 1:
         result["all-reduce"] = on_each_device(reduces)
@@ -102,15 +95,14 @@ def _call(f: Any, weights: list[tuple], wide: bool, x: jax.Array) -> jax.Array:
     return f(x.astype(jnp.float32) if wide else x, weights)
 
 
-def seconds(f: Any, x: jax.Array) -> tuple[float, float]:
-    """Median and spread (the range of the middle half) of the time of one call."""
-    for _ in range(2):
-        jax.block_until_ready(f(x))
+def seconds(f: Any, x: jax.Array, calls: int) -> tuple[float, float]:
+    """Median and spread (the range of the middle half) of the time of one call, of ``calls`` in a row."""
+    jax.block_until_ready([f(x) for _ in range(3)])
     times = []
-    for _ in range(CALLS):
+    for _ in range(TURNS):
         start = time.perf_counter()
-        jax.block_until_ready(f(x))
-        times.append(time.perf_counter() - start)
+        jax.block_until_ready([f(x) for _ in range(calls)])
+        times.append((time.perf_counter() - start) / calls)
     low, _, high = statistics.quantiles(times, n=4)
     return statistics.median(times), high - low
 
@@ -144,14 +136,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for m in options.m:
             x = jax.random.normal(jax.random.key(2), (m, options.k), jnp.bfloat16)
             x = jax.device_put(x, NamedSharding(mesh, P(None, None)))
-            for name, f in programs(mesh, weights, options.passes).items():
-                median, spread = (t / (options.layers * options.passes) * 1e6 for t in seconds(f, x))
+            for name, f in programs(mesh, weights).items():
+                median, spread = (t / options.layers * 1e6 for t in seconds(f, x, options.calls))
                 alone.setdefault((m, name), median)
                 faster = "" if name == "all-reduce" else f"{alone[m, name] / median:.2f}"
                 rows.append({
                     "date": datetime.date.today().isoformat(), "device": jax.devices()[0].device_kind,
                     "jax": jax.__version__, "jaxlib": jaxlib.__version__, "k": options.k, "n": options.n,
-                    "group_size": GROUP_SIZE, "layers": options.layers, "passes": options.passes,
+                    "group_size": GROUP_SIZE, "layers": options.layers, "calls": options.calls,
                     "devices": devices, "m": m, "program": name, "us_per_block": f"{median:.2f}",
                     "spread_us": f"{spread:.2f}", "speedup": faster,
                     "weight_mb_per_device": f"{bytes_here / 1e6:.1f}",
@@ -192,8 +184,8 @@ def main() -> None:
     parser.add_argument(
         "--devices", type=integers, help="how many, as 1,2,4; default: all powers of two there are"
     )
-    parser.add_argument("--layers", type=int, default=6, help="blocks with weights of their own")
-    parser.add_argument("--passes", type=int, default=16, help="times over them in one call")
+    parser.add_argument("--layers", type=int, default=16, help="blocks with weights of their own")
+    parser.add_argument("--calls", type=int, default=12, help="of a program in a row")
     parser.add_argument("--output", type=Path, help="CSV; default: multi_gpu.csv in $OUT, or here")
     options = parser.parse_args()
     there = len(jax.devices())
