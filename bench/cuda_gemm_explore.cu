@@ -6,6 +6,8 @@
 //     nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a \
 //       -o /tmp/gemm_explore bench/cuda_gemm_explore.cu -ldl
 //     LD_LIBRARY_PATH=<where libcublas.so.13 is> /tmp/gemm_explore [K,N[,M[,variant]]]
+//
+// -DVARIANTS='"FILE"' and -DTOKENS='"FILE"' name files that hold other lists.
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -161,7 +163,7 @@ float last_ghz() {
 
 struct Variant {
   const char* name;
-  int tokens, warpgroups, least, most;  // for M from least to most
+  int tokens, warpgroups, stages, least, most;  // for M from least to most
   int bytes;
   const void* kernel;
   const void* add;
@@ -171,6 +173,7 @@ Variant make(const char* name, int least, int most) {
   return {name,
           kTokens,
           kWarpgroups,
+          kStages,
           least,
           most,
           GemmSmem<kTokens, kWarpgroups, kGroupSize, false, kStages>::kBytes,
@@ -191,7 +194,14 @@ int main(int argc, char** argv) {
       "SMs\nK,N,M,variant,tiles,us,floor_us,ratio,cublas_us,speedup,tflops,worst_c,ghz,cublas_ghz\n",
       prop.name, sms);
   std::vector<Variant> variants = {
+#ifdef VARIANTS
 #include VARIANTS
+#else
+      make<32, 2, 128, 14>("sums32narrow", 17, 32),
+      make<32, 3, 128, 10>("sums32", 17, 32),
+      make<64, 2, 128, 11>("sums64", 33, 64),
+      make<128, 2, 0, 8>("weights128", 65, 16384),
+#endif
   };
   typedef CUresult (*encode_t)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -228,7 +238,11 @@ int main(int argc, char** argv) {
   };
   std::vector<Shape> shapes = {{4096, 4096}, {4096, 28672}, {28672, 8192}, {8192, 57344}};
   const std::vector<int> tokens = {
+#ifdef TOKENS
 #include TOKENS
+#else
+      17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 512, 1000, 1024, 4096, 16384,
+#endif
   };
   const int most = *std::max_element(tokens.begin(), tokens.end());
   char* pool;
@@ -300,6 +314,8 @@ int main(int argc, char** argv) {
       std::vector<double> href(rows * kSampledColumns), hmag(rows * kSampledColumns);
       CHECK(cudaMemcpy(href.data(), ref, href.size() * 8, cudaMemcpyDeviceToHost));
       CHECK(cudaMemcpy(hmag.data(), mag, hmag.size() * 8, cudaMemcpyDeviceToHost));
+      Problem problem;
+      problem.m = m, problem.n = n, problem.k = k, problem.groups = k / kGroup;
       for (auto& v : variants) {
         if (m < v.least || m > v.most || (*only_variant && strcmp(only_variant, v.name))) continue;
         GemmArgs args = {};
@@ -308,13 +324,10 @@ int main(int argc, char** argv) {
         args.m = m, args.n = n;
         args.k_blocks = k_blocks, args.n_blocks = n_blocks;
         args.groups = k / kGroup, args.group_stride = n, args.group_shift = 7;
-        args.m_tiles = ceil_div(m, v.tokens), args.n_tiles = ceil_div(n, 128 * v.warpgroups);
-        args.band = 16;
-        args.units = ceil_div(k_blocks, kGemmUnitBlocks);
-        const int tiles = args.m_tiles * args.n_tiles;
-        const int grid = std::min(sms, tiles * args.units);
-        args.whole_tiles = tiles / grid * grid;
-        const int cut = tiles - args.whole_tiles;
+        const GemmPlan plan = plan_gemm(problem, {v.tokens, v.warpgroups, v.stages}, sms);
+        args.m_tiles = plan.m_tiles, args.n_tiles = plan.n_tiles, args.units = plan.units;
+        args.band = plan.band, args.whole_tiles = plan.whole_tiles;
+        const int grid = plan.grid, cut = plan.cut_tiles(), tiles = plan.m_tiles * plan.n_tiles;
         CUtensorMap map;
         const cuuint64_t dims[2] = {(cuuint64_t)k, (cuuint64_t)m}, strides[1] = {(cuuint64_t)k * 2};
         const cuuint32_t box[2] = {64, (cuuint32_t)v.tokens}, steps[2] = {1, 1};

@@ -58,6 +58,17 @@ def test_every_kernel_with_every_type(group_size, scale_dtype, dtype):
         assert check(problem, out_dtype=out_dtype).dtype == jnp.dtype(out_dtype or dtype)
 
 
+@both_halves
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_few_tokens_of_a_large_layer(group_size, dtype):
+    """These have wider tiles than the small layers of the other tests."""
+    problem = MatmulProblem(20, 4096, 8200, group_size, dtype, "float32")
+    assert "tiles of 32 tokens x 384" in jax_trirun.explain(
+        jax.ShapeDtypeStruct((20, 4096), dtype), problem.quant_tensor()
+    )
+    check(problem)
+
+
 @pytest.mark.parametrize(
     ("k", "group_size"),
     [

@@ -69,7 +69,7 @@ std::string launch_gemm_instance(const MatmulArgs& args, int sms, cudaStream_t s
   using Smem = GemmSmem<kShape.tokens, kShape.warpgroups, kGroupSize, kHasZeros, kShape.stages>;
   static_assert(Smem::kBytes <= 227 * 1024, "what a thread block may have on sm_90");
   const Problem& p = args.problem;
-  const GemmPlan plan = plan_gemm(p, kernel, sms);
+  const GemmPlan plan = plan_gemm(p, kShape, sms);
 
   GemmArgs gemm = {};
   gemm.words = reinterpret_cast<const uint4*>(args.words);
@@ -130,6 +130,8 @@ std::string launch_gemm_of(const MatmulArgs& args, int sms, cudaStream_t stream)
   switch (choose_gemm_kernel(args.problem, all_of_x_type, args.zeros != nullptr)) {
     case GemmKernel::kSums32:
       return launch_gemm_for_groups<GemmKernel::kSums32, T, false>(args, sms, stream);
+    case GemmKernel::kSums32Narrow:
+      return launch_gemm_for_groups<GemmKernel::kSums32Narrow, T, false>(args, sms, stream);
     case GemmKernel::kSums64:
       return launch_gemm_for_groups<GemmKernel::kSums64, T, false>(args, sms, stream);
     case GemmKernel::kZeros48:

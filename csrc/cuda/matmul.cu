@@ -124,7 +124,7 @@ std::string describe_kernel(const MatmulArgs& args, int compute_capability, int 
     const GemmKernel kernel = choose_gemm_kernel(
         p, args.scale_type == args.x_type && args.y_type == args.x_type, args.zeros != nullptr);
     const GemmShape shape = shape_of(kernel);
-    const GemmPlan plan = plan_gemm(p, kernel, sms);
+    const GemmPlan plan = plan_gemm(p, shape, sms);
     return std::string("wgmma, scales on the ") +
            (kernel == GemmKernel::kWeights128 ? "weights" : "sums of groups") + ", " +
            std::to_string(plan.m_tiles * plan.n_tiles) + " tiles of " + std::to_string(shape.tokens) +
