@@ -12,9 +12,9 @@
 //                    word 1 -> A fragments -> 2 wgmma; wait ...
 //
 // Measured on an H200 (8192 x 57344, 1024 tokens), and dropped: fragments made half a block at a time (two words,
-// 13 % slower: the tensor cores ran dry); clusters of two blocks that fetch x for each other by multicast (6 %
+// 7 % slower: the tensor cores ran dry); clusters of two blocks that fetch x for each other by multicast (8 %
 // slower, though half the reads of the L2 cache: one more block to wait for); scales read from global memory
-// instead of the ring (20 % slower). From about 128 tokens on the card's power is what binds: at 700 TFLOP/s its
+// instead of the ring (a quarter slower). From about 128 tokens on the card's power is what binds: at 700 TFLOP/s its
 // clock falls from 1.98 to 1.5 GHz.
 //
 // Scales: either multiplied onto the weights (kGroupSize 0: scales of x's type, where a scale times -1, 0, 1 or
