@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -178,6 +179,7 @@ class _Tasks:
     def __init__(self, arguments: argparse.Namespace):
         from ..evaluate.lm_eval import DecoderLM, evaluate, load_tasks
 
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are for writers of tasks
         self.adapter, self.evaluate = DecoderLM, evaluate
         self.options = {"limit": arguments.limit, "num_fewshot": arguments.num_fewshot}
         self.batch_tokens = arguments.batch_tokens

@@ -21,8 +21,8 @@ Windows never reach from one document into the next. The figure over all documen
 documents: exp(sum of losses / number of scored tokens).
 
 `bench/wikipedia_perplexity.py` reads the bundled model, SmolLM2-135M-Instruct in float32, by several
-protocols; the one that gives the known 20.2 is window=2048, bos=<|im_start|>, over the first 16,384
-tokens of gensim's Wikipedia sample as gensim extracts it.
+protocols. Windows of 2048 that begin with BOS, over the first 16,384 tokens of gensim's Wikipedia sample
+as gensim extracts it, give 20.2; windows of 512 give 22.9 on the same text.
 """
 
 from __future__ import annotations
