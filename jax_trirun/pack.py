@@ -6,13 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
 from . import _ffi
 from .layout import layout
-from .partition import blocks_on_explicit_mesh, can_call_back, explicit_mesh, partitioned_blocks
+from .partition import (
+    blocks_on_explicit_mesh,
+    can_call_back,
+    explicit_mesh,
+    lower_partitioned,
+    partitioned_blocks,
+)
 
 
 def pack(codes: Any, *, bits: int = 2) -> jax.Array:
@@ -151,8 +156,7 @@ def _elementwise_over_leading_axes(
         return primitive.bind(jnp.moveaxis(args[0], dims[0], 0), **params), 0
 
     batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, lower_parts)
-    dispatch.prim_requires_devices_during_lowering.add(primitive)  # as in primitive.py
+    lower_partitioned(primitive, lower_parts)
     mlir.register_lowering(call, mlir.lower_fun(reference, multiple_results=False))
     mlir.register_lowering(call, lower_ffi, platform="cpu")
     for p in (primitive, call):

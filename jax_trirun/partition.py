@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import dispatch
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
     CompoundFactor,
@@ -129,10 +130,12 @@ def place(
     """
     rows, inner = x
     result_rows, outer = result if result is not None else ((), ())
-    one_group = weight.groups == 1
-    k = _wanted([words[0], () if one_group else scales[0], outer if transpose else inner])
-    n = _wanted([words[1], scales[1], inner if transpose else outer])
-    n = _without(n, k)
+    along_k, along_n = (outer, inner) if transpose else (inner, outer)
+    k = [words[0], () if weight.groups == 1 else scales[0]]
+    n = [words[1], scales[1]]
+    # An axis that the weight has for N does not shard K because x is sharded so, nor the other way round.
+    k = _wanted([*k, _without(along_k, _wanted(n))])
+    n = _without(_wanted([*n, _without(along_n, k)]), k)
     if rows:
         contracted, free = (n, k) if transpose else (k, n)
         rows = _without(rows, () if not set(outer) & set(free) else free)
@@ -158,11 +161,6 @@ def _specs(placement: Placement, groups: int, zeros: bool, transpose: bool):
 #
 # XLA may shard over a part of a mesh axis. So the mesh is taken apart into axes of prime sizes, in which
 # every such sharding has a name.
-
-
-class _Shape(NamedTuple):
-    shape: tuple[int, ...]
-    axes: tuple[Axes, ...]  # per array axis
 
 
 def _prime_factors(size: int) -> list[int]:
@@ -249,22 +247,22 @@ class _Product(NamedTuple):
         )
 
     def whole(self, *operands):
-        return self.call(
-            *operands, k=self.weight.k, transpose=self.transpose, bits=self.weight.bits,
-            out_dtype=self.out_dtype, **dict(self.params),
-        )  # fmt: skip
+        return self.part(operands, self.weight.k, self.out_dtype)
+
+    def part(self, operands, k, out_dtype):
+        params = dict(self.params, transpose=self.transpose, bits=self.weight.bits)
+        return self.call(*operands, k=k, out_dtype=out_dtype, **params)
 
     def partition(self, _, arrays, result):
         mesh, placement = self.place(arrays, result)
         operands, out, summed = _specs(placement, self.weight.groups, self.zeros, self.transpose)
-        shards = _count(placement.k, dict(mesh.shape))
+        k = self.weight.k // _count(placement.k, dict(mesh.shape))
 
         def local(*operands):
-            y = self.call(
-                *operands, k=self.weight.k // shards, transpose=self.transpose, bits=self.weight.bits,
-                out_dtype=np.dtype("float32") if summed else self.out_dtype, **dict(self.params),
-            )  # fmt: skip
-            return _all_reduce_p.bind(y, axes=summed).astype(self.out_dtype) if summed else y
+            if not summed:
+                return self.part(operands, k, self.out_dtype)
+            y = self.part(operands, k, np.dtype("float32"))
+            return _all_reduce_p.bind(y, axes=summed).astype(self.out_dtype)
 
         return mesh, local, NamedSharding(mesh, out), tuple(NamedSharding(mesh, s) for s in operands)
 
@@ -448,6 +446,15 @@ def blocks_on_explicit_mesh(
         [operand],
         result,
     )
+
+
+def lower_partitioned(primitive: Primitive, rule: Callable) -> None:
+    """Register the lowering of a primitive that partitioned functions stand for on meshes with Auto axes.
+
+    JAX then tells the lowering which devices it is for, which it must know to give XLA a call back.
+    """
+    mlir.register_lowering(primitive, rule)
+    dispatch.prim_requires_devices_during_lowering.add(primitive)  # there is no public way to say so
 
 
 def can_call_back(where: str, ctx: Any) -> bool:

@@ -19,14 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
 from .layout import layout
 from .pack import unpack
-from .partition import can_call_back, partitioned_matmul
+from .partition import can_call_back, lower_partitioned, partitioned_matmul
 from .reference import HIGHEST, matmul_reference, repeat_groups
 from .types import FLOATS, check_weights
 
@@ -275,8 +274,7 @@ def _lower_matmul(ctx, *operands, **params):
     return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
 
-mlir.register_lowering(matmul_p, _lower_matmul)
-dispatch.prim_requires_devices_during_lowering.add(matmul_p)  # there is no public way to say so
+lower_partitioned(matmul_p, _lower_matmul)
 
 for _p in (matmul_p, _call_p):
     _p.def_abstract_eval(_abstract_eval)

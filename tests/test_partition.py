@@ -115,6 +115,24 @@ def test_eagerly_and_in_the_context_of_the_mesh(kind):
 
 
 @both_kinds
+def test_devices_in_another_order(kind):
+    devices = np.asarray(jax.devices("cpu"))[[3, 0, 7, 1, 6, 2, 5, 4]].reshape(2, 4)
+    mesh = jax.sharding.Mesh(devices, ("b", "t"), axis_types=(kind, kind))
+    arrays = put(mesh, arrays_of(PROBLEM), (P("b", "t"), *weight_specs("t", None)))
+    y = jax.jit(jax_trirun.matmul)(*arrays)
+    assert_same(y, jax_trirun.matmul(*arrays_of(PROBLEM)))
+    assert spec_of(y) == P("b", None) and collectives(jax_trirun.matmul, *arrays) == REDUCE
+
+
+@both_kinds
+def test_x_moves_to_a_weight_that_is_sharded_otherwise(kind):
+    arrays = put(mesh_of(kind), arrays_of(PROBLEM), (P(None, "t"), *weight_specs(None, "t")))
+    assert_same(jax.jit(jax_trirun.matmul)(*arrays), jax_trirun.matmul(*arrays_of(PROBLEM)))
+    text = jax.jit(jax_trirun.matmul).lower(*arrays).compile().as_text()
+    assert re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", text) == ["f32"] and "all-to-all" not in text
+
+
+@both_kinds
 def test_what_is_not_sharded_follows_what_is(kind):
     """x and scales on one device, words on all: nothing is gathered."""
     x, words, scales, zeros = arrays_of(PROBLEM)
@@ -209,6 +227,7 @@ def test_placement():
     assert placed((("a",), ()), (("b",), ("c",))) == Placement(("a",), ("b",), ("c",))
     assert placed(none, (("a", "b"), ())) == Placement((), ("a", "b"), ())
     assert placed(((), ("a",)), none) == Placement((), ("a",), ()), "x's K shards a replicated weight"
+    assert placed(((), ("a",)), ((), ("a",))) == Placement((), (), ("a",)), "x is gathered, not the weight"
     assert placed((("a",), ()), (("a",), ())) == Placement(("a",), (), ()), "fully sharded data parallel"
     assert placed((("a",), ()), ((), ("a",))) == Placement(("a",), (), ())
     assert placed((("a",), ()), ((), ("a",)), ((), ("a",))) == Placement((), (), ("a",))
@@ -259,9 +278,11 @@ def test_shards_that_cut_a_block_or_a_group_are_gathered_with_a_warning(kind, ca
     assert_same(got, jax.grad(loss, (0, 1, 2))(*(alone[i] for i in (0, 2, 3, 1))))
 
 
-@pytest.mark.parametrize("shape", [(77, 45, -1), (100, 64, -1), (64, 33, 32), (1, 1, -1), (96, 256, 32)])
-@pytest.mark.parametrize("m", [1, 5, 16])
-def test_ragged_sizes_with_rows_over_all_devices(shape, m):
+@pytest.mark.parametrize(
+    ("m", "shape"),
+    [(5, (77, 45, -1)), (1, (100, 64, -1)), (16, (64, 33, 32)), (5, (1, 1, -1)), (9, (96, 256, 32))],
+)
+def test_ragged_sizes_with_rows_over_all_devices(m, shape):
     """Eight devices, and rows that do not divide by eight: what XLA pads is never seen."""
     problem = MatmulProblem(m, *shape, with_zeros=True)
     mesh = mesh_of(AUTO)
@@ -277,9 +298,8 @@ def test_ragged_sizes_with_rows_over_all_devices(shape, m):
 
 @both_kinds
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-@pytest.mark.parametrize("way", ["K", "N", "K and N"])
-def test_group_sizes(kind, group_size, way):
-    (x_spec, k, n), y_spec, of_y, _ = WAYS[way]
+def test_group_sizes(kind, group_size):
+    (x_spec, k, n), y_spec, of_y, _ = WAYS["K and N"]
     problem = MatmulProblem(3, K, N, group_size, "bfloat16")
     one = None if group_size == -1 else k
     arrays = put(mesh_of(kind), arrays_of(problem), (x_spec, P(k, n, None), P(one, n)))
@@ -365,7 +385,8 @@ def test_partly_manual_shard_map(kind):
             in_specs=(P("b", None), P(), P(), P()), out_specs=P("b", None),
         )  # fmt: skip
         assert_same(jax.jit(by_rows)(*arrays), jax_trirun.matmul(*alone))
-        if kind == EXPLICIT:
+        if kind == EXPLICIT and jax.__version_info__[:3] not in ((0, 10, 1), (0, 10, 2)):
+            # Those two gather whatever enters a partly manual shard_map.
             assert collectives(by_rows, *arrays) == ({} if n else REDUCE)
 
         def total(x, scales, zeros, words, by_rows=by_rows):
