@@ -137,7 +137,7 @@ class Run:
         everything = 4 * sum(int(np.prod(shape)) for shape in self.model.shapes.values())
         print(
             f"memory     at most about {megabytes(self.memory())} of arrays at a time: the calibration and a layer; "
-            f"all weights in float32 would be {megabytes(everything)}",
+            f"all weights in float32 would be {megabytes(everything)}. Python, JAX and its programs come on top",
             flush=True,
         )
 
@@ -195,7 +195,9 @@ class Run:
                         "same settings, or start again with --overwrite"
                     )
         elif out.exists() and any(out.glob("model-*.safetensors")):
-            raise ValueError(f"{out} holds a model, but no {REPORT}: nothing to resume; use --overwrite")
+            raise ValueError(
+                f"{out} holds a model, but no {REPORT}: nothing to resume; name another directory"
+            )
         parts = Parts(out, count)
         clear_unfinished(out)  # of a run that was killed
         write_json(report, {"complete": False, "settings": settings})
