@@ -26,7 +26,7 @@ SHAPES = (
     (33, 320, 200, 64),
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
-LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 8192, 8960, -1))
+LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 4096, 12704, -1))
 # Rows enough for the kernels that only Hopper has; whole tiles, and tiles that several blocks share.
 GEMM_SHAPES = ((20, 1024, 392, 32), (40, 2048, 264, 64), (130, 1024, 520, 128), (70, 200, 104, -1))
 TYPES = (("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32"))

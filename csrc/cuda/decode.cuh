@@ -72,7 +72,7 @@ inline void cut_work(DecodeArgs& args, int ranks, int clusters, int warps) {
   while (1 << args.log_blocks < args.n_blocks_at_once) ++args.log_blocks;
 }
 
-// Shared memory of one block, in this order: x as Math wants it, rings, partial sums, where they lie, the barrier
+// Shared memory of one block, in this order: x as Math wants it, rings, partial sums, where they lie, the barriers
 // that x arrives at.
 template <typename Math, int bits, int kWarps, int kStages, bool kHasZeros, int kScaleBytes>
 struct DecodeSmem {
@@ -90,7 +90,7 @@ struct DecodeSmem {
 
   static __host__ __device__ int total_bytes(int rows, int units_per_rank) {
     return Math::bytes(rows, units_per_rank) + kRingBytes + kPartialBytes +
-           (kWarps + 1) * static_cast<int>(sizeof(int4));
+           kWarps * static_cast<int>(sizeof(int4)) + Math::kBarriers * 8;
   }
 };
 
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   char* const ring_shared = x_shared + Math::bytes(slice.rows, rank_units);
   float* const partial_shared = reinterpret_cast<float*>(ring_shared + Smem::kRingBytes);
   int4* const pieces_shared = reinterpret_cast<int4*>(ring_shared + Smem::kRingBytes + Smem::kPartialBytes);
-  const uint32_t x_barrier = shared_address(pieces_shared + kWarps);
+  const uint32_t x_barriers = shared_address(pieces_shared + kWarps);
   const uint32_t ring = shared_address(ring_shared) + warp * kStages * Smem::kStageBytes;
 
   // The line of units of the n-blocks from `block` on that are worked on together, and where a warp's
@@ -382,13 +382,24 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 
   const bool in_cluster = kCluster && ranks > 1;
 
-  // x is asked for before the words, which are many and would be in its way.
+  // x comes by the copy engine where there is one, run by run: a warp waits for the run it has reached.
+  constexpr bool kBulk = Math::kStagesByCopy && kCluster;
+  auto wait_for_x = [&](int run) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    barrier_wait(x_barriers + run * 8, 0);
+#endif
+  };
+  int x_run_shift = 0;
+  int x_run = -1;
+  if constexpr (kBulk) x_run_shift = Math::run_shift(slice);
+
+  // It is asked for before the words, which are many and would be in its way.
   typename Math::FirstValues first_values;
   Math::load_first(first_values, slice);
   if constexpr (Math::kStagesByCopy) {
-    if constexpr (kCluster) {
+    if constexpr (kBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-      if (warp == kWarps - 1) Math::stage_bulk(x_shared, slice, x_barrier, cluster);
+      if (warp == kWarps - 1) Math::stage_bulk(x_shared, slice, x_barriers, cluster);
 #endif
     } else {
       Math::stage(x_shared, slice, first_values);
@@ -402,12 +413,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   find_pieces(first_block);
   if constexpr (!Math::kStagesByCopy) {
     leaves_out = __syncthreads_or(Math::stage(x_shared, slice, first_values));
-  } else if constexpr (kCluster) {
+  } else if constexpr (kBulk) {
     Math::stage_rest(x_shared, slice);
     __syncthreads();
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    barrier_wait(x_barrier, 0);
-#endif
+    for (int i = 0; kHasZeros && i < Math::kBarriers; ++i) wait_for_x(i);  // stage_sums reads all of it
   } else {
     wait_for_copies<kStages - 1>();  // leaves the words in flight
     __syncthreads();
@@ -425,6 +434,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
       const int end = min(unit + count, rank_real_units);
       math.begin(unit);
       for (; unit < end; ++unit) {
+        if constexpr (kBulk) {
+          if (const int run = unit / Math::kPieceUnits >> x_run_shift; run != x_run)
+            wait_for_x(x_run = run);
+        }
         wait_for_copies<kStages - 2>();
         __syncwarp();
         multiply_unit(unit);

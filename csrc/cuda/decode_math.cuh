@@ -8,8 +8,8 @@
 //               instructions, but a token takes four of the eight columns of an mma: for one to four
 //               tokens.
 //
-// The digits lose nothing: a token's 128 values are scaled by one power of two so that the largest fills
-// 30 bits and rounded there; from then on a group's sum is integer arithmetic, exact. A float16 value
+// The digits lose nothing: 256 neighbouring values of a token are scaled by one power of two so that the largest
+// fills 30 bits and rounded there; from then on a group's sum is integer arithmetic, exact. A float16 value
 // down to 2^-19 of the largest is in its digits entirely; what is left of smaller ones (and Inf, and NaN) is
 // added at the end in float32. (Slicing a float into integer digits for exact matrix products is Ozaki's
 // scheme, doi:10.1007/s11075-011-9478-1.)
@@ -115,16 +115,30 @@ struct FloatMath {
     return false;  // nothing is left out
   }
 
-  // The same by the copy engine, for one warp; the bytes arrive at `barrier`, which is initialised here. All
-  // blocks want the same x: each begins somewhere else, `turn`, so that they do not queue for the same part of L2.
-  static __device__ void stage_bulk(char* shared, const XSlice& slice, uint32_t barrier, int turn) {
-    constexpr int kPiece = 2048;
+  // The same by the copy engine, for one warp. Runs of K of all rows arrive at a barrier each, so that nobody waits
+  // for more than its own first run; the barriers at `barriers` are initialised here. All blocks want the same
+  // x: each begins somewhere else, `turn`, so that they do not queue for the same part of L2.
+  static constexpr int kPiece = 2048;  // bytes of a row
+  static constexpr int kPieceUnits = kPiece / (kUnitK * static_cast<int>(sizeof(T)));
+  static constexpr int kBarriers = 8;
+  // 2^shift pieces of a row belong to a barrier.
+  static __device__ __forceinline__ int run_shift(const XSlice& slice) {
+    int shift = 0;
+    while (slice.units > kPieceUnits * kBarriers << shift) ++shift;
+    return shift;
+  }
+  static __device__ void stage_bulk(char* shared, const XSlice& slice, uint32_t barriers, int turn) {
     const int lane = threadIdx.x % 32;
     const int bytes = real_bytes(slice);
+    const int shift = run_shift(slice);
     if (lane == 0) {
-      barrier_init(barrier, 1);
+#pragma unroll
+      for (int i = 0; i < kBarriers; ++i) barrier_init(barriers + i * 8, 1);
       barrier_init_fence();
-      barrier_arrive_expecting(barrier, slice.rows * bytes);
+      const int run = kPiece << shift;
+#pragma unroll
+      for (int i = 0; i < kBarriers; ++i)
+        barrier_arrive_expecting(barriers + i * 8, slice.rows * max(0, min(run, bytes - i * run)));
     }
     __syncwarp();
     const int pieces = (bytes + kPiece - 1) / kPiece;
@@ -139,7 +153,8 @@ struct FloatMath {
     const uint32_t to = shared_address(shared) + row * stride(slice.stored_units);
     int piece = (turn + lane / kTokens) % pieces;
     for (int i = lane / kTokens; i < pieces; i += kLanesPerRow) {
-      copy_bulk(to + piece * kPiece, from + piece * kPiece, min(kPiece, bytes - piece * kPiece), barrier);
+      copy_bulk(to + piece * kPiece, from + piece * kPiece, min(kPiece, bytes - piece * kPiece),
+                barriers + (piece >> shift) * 8);
       piece += kLanesPerRow;
       while (piece >= pieces) piece -= pieces;
     }
@@ -328,6 +343,7 @@ struct SliceMath {
   static constexpr int kHalfK = L::kBlockK / L::kHalves;
 
   static constexpr bool kStagesByCopy = false;
+  static constexpr int kBarriers = 0;
 
   // The codes stay where they are in the word's bytes, but for one shift by 2: the odd features of a
   // lane (b = 1, layout.h) come out 16 times too large, which their sums give back.
@@ -349,7 +365,7 @@ struct SliceMath {
   }
 
   // Values that the digits do not hold entirely, because they are Inf or NaN, or more than 2^30 times smaller
-  // than the largest of their unit and not round: the kernel adds what is left of them at the end, one by
+  // than the largest of their 256 and not round: the kernel adds what is left of them at the end, one by
   // one. The sign of a unit's power of two says that it has some.
   static constexpr bool kLeavesOut = true;
   static __device__ __forceinline__ float left_out(float v, float up, float down) {
@@ -360,11 +376,12 @@ struct SliceMath {
            token * slice.stored_units;
   }
 
-  // Cutting: a warp takes two units of a token at a time, a lane eight neighbouring values. The first two such
-  // loads are issued before the words are asked for: behind those they would wait for some 2,500 clocks.
+  // Cutting: a warp takes two units of a token at a time, a lane eight neighbouring values. The values of the first
+  // few such tasks are asked for before the words are: behind those they would wait for some 2,500 clocks each.
   static constexpr int kUnitsAtOnce = 2;
+  static constexpr int kAhead = 4;
   struct FirstValues {
-    uint4 task[2];
+    uint4 task[kAhead];
   };
 
   // Which token, and which of its units, a warp cuts.
@@ -392,26 +409,38 @@ struct SliceMath {
   }
   static __device__ __forceinline__ void load_first(FirstValues& first, const XSlice& slice) {
     Task task = first_task(slice);
-    first.task[0] = load(slice, task);
-    task.advance(slice);
-    first.task[1] = load(slice, task);
+    auto load_next = [&](int i) {
+      first.task[i] = load(slice, task);
+      task.advance(slice);
+    };
+    static_assert(kAhead == 4);
+    load_next(0);
+    load_next(1);
+    first.task[2] = first.task[3] = make_uint4(0, 0, 0, 0);
+    // Few warps have more, and every instruction delays the words.
+    if (task.is_real(slice)) {
+      load_next(2);
+      load_next(3);
+    }
   }
 
   // Returns whether this thread's warp met a value that is not entirely in the digits.
   static __device__ bool stage(char* shared, const XSlice& slice, const FirstValues& first) {
     write_zeros<kZeroBytes>(shared + slice.rows * kDigits * stride(slice.stored_units));
     bool leaves_out = false;
-    uint4 now = first.task[0], next = first.task[1];
+    FirstValues values = first;  // of this task and those after it
     Task task = first_task(slice);
     Task ahead = task;
-    ahead.advance(slice);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead.advance(slice);
 #pragma unroll 1
     while (task.is_real(slice)) {
-      ahead.advance(slice);
-      const uint4 later = load(slice, ahead);
-      leaves_out |= cut(shared, slice, task, now);
-      now = next, next = later;
+      leaves_out |= cut(shared, slice, task, values.task[0]);
+#pragma unroll
+      for (int i = 1; i < kAhead; ++i) values.task[i - 1] = values.task[i];
+      values.task[kAhead - 1] = load(slice, ahead);
       task.advance(slice);
+      ahead.advance(slice);
     }
     return leaves_out;
   }

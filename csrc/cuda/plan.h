@@ -75,10 +75,19 @@ DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int
     const int units_per_rank = static_cast<int>(ceil_div(units, ranks));
     if (units_per_rank * (ranks - 1) >= units && ranks > 1) continue;  // a rank without work
     if (bytes_of(units_per_rank) > shared_memory) continue;
-    const bool slices = kernel == DecodeKernel::kSlices1 || kernel == DecodeKernel::kSlices2;
-    if (cluster && !is_wide(problem, sms) && ranks < 8) {
-      // Digits take long to cut: 64 units of two rows' are as much as one block should. 16-bit floats are only copied.
-      if (slices ? units_per_rank * problem.m > 64 : ranks < 2 && units >= 2) continue;
+    if (cluster && ranks < 8 && !is_wide(problem, sms)) {
+      const int64_t x_units = units_per_rank * problem.m;
+      if (kernel == DecodeKernel::kSlices1 || kernel == DecodeKernel::kSlices2) {
+        // Digits take long to cut.
+        if (x_units > (ranks < 4 ? 64 : 128)) continue;
+      } else if (ranks == 1 && units >= 2) {
+        // 16-bit floats are only copied; but shares of n-blocks should be even.
+        const bool even = ceil_div(problem.n_blocks<2>(), sms) * sms * 8 <= problem.n_blocks<2>() * 9;
+        if (x_units > 256 || !even) continue;
+      }
+      // Clusters of four leave some multiprocessors out (30 run on 132), and share few n-blocks unevenly.
+      const bool into_eight = ceil_div(units, 8) * 7 < units;
+      if (ranks == 4 && problem.n_blocks<2>() < sms && into_eight) continue;
     }
     // Too few n-blocks for the multiprocessors: split K further, while a warp keeps a unit of its own.
     const bool idle = cluster && problem.n_blocks<2>() * ranks * 2 <= sms + sms / 8;
