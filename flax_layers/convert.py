@@ -16,6 +16,7 @@ import jax_trirun
 from jax_trirun import QuantTensor
 from jax_trirun.types import check_group_size
 
+from .general import QuantDenseGeneral, kernel_matrix
 from .linen import variables_of
 from .quant_dense import QuantDense, QuantParam
 
@@ -105,6 +106,8 @@ def quantize_module(
 ) -> Report:
     """Replace the ``nnx.Linear`` layers of a model by ``QuantDense``, in place.
 
+    And ``nnx.LinearGeneral`` (attention's) by ``QuantDenseGeneral``.
+
     Each float kernel is released as soon as its packed form exists, so that memory only falls (unless
     the caller holds references to kernels). Everything is checked before the first layer is touched.
 
@@ -138,7 +141,9 @@ def quantize_module(
     for same in places.values():
         linear, name = same[0].get(), same[0].path
         reason = _unfit(linear) or next((p.unfit for p in same if p.unfit), "")
-        shape = linear.kernel.shape if isinstance(linear, nnx.Linear) else ()
+        shape = (
+            () if reason else (math.prod(_tuple(linear.in_features)), math.prod(_tuple(linear.out_features)))
+        )
         if (size := choose(name, shape, reason)) is not None:
             plan.append((name, same, size))
     del linear
@@ -146,9 +151,14 @@ def quantize_module(
     rows = []
     for name, same, size in _progress(plan, progress):
         start, linear = time.perf_counter(), same[0].get()
-        kernel = linear.kernel[...]
+        kernel = _matrix(linear)
+        quantise = (
+            QuantDense.from_linear
+            if isinstance(linear, nnx.Linear)
+            else QuantDenseGeneral.from_linear_general
+        )
         with _naming(name):
-            layer = QuantDense.from_linear(
+            layer = quantise(
                 linear, method=method, group_size=size, scale_dtype=scale_dtype, bits=bits, **options
             )
         rows.append(_row(name, kernel, layer.weight, start))
@@ -341,11 +351,26 @@ def _unfit(module: nnx.Module) -> str:
     """Why a module cannot become a QuantDense; empty when it can."""
     if isinstance(module, QuantDense):
         return "quantised already"
-    if not isinstance(module, nnx.Linear):
+    kind = next((k for k in (nnx.Linear, nnx.LinearGeneral) if isinstance(module, k)), None)
+    if kind is None:
         return f"{type(module).__name__} is not nnx.Linear"
-    if type(module).__call__ is not nnx.Linear.__call__:
-        return f"{type(module).__name__} changes what nnx.Linear computes"
+    if type(module).__call__ is not kind.__call__:
+        return f"{type(module).__name__} changes what nnx.{kind.__name__} computes"
+    if getattr(module, "batch_axis", None):
+        return "has batch axes"
+    own = getattr(module, "dot_general", None) not in (None, jax.lax.dot_general)
+    if own or getattr(module, "dot_general_cls", None):
+        return "has a dot_general of its own"
     return ""
+
+
+def _tuple(sizes: int | Sequence[int]) -> tuple[int, ...]:
+    return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def _matrix(linear: Any) -> jax.Array:
+    """The kernel [.., K, N] of a layer that fits."""
+    return linear.kernel[...] if isinstance(linear, nnx.Linear) else kernel_matrix(linear)
 
 
 def _modules(
