@@ -191,7 +191,7 @@ class Weights:
         return [jax.tree.map(jnp.array, weight) for _ in range(count)]
 
 
-def repeated(product: Callable[[Any, Any], Any]) -> Callable[[Any, list[Any]], Any]:
+def repeated(product: Callable[[Any, Any], Any]) -> jax.stages.Wrapped:
     """A jitted function of x and weights that makes one product with each weight.
 
     No two products have the same operands, so that XLA cannot merge them, and all of every product is
@@ -211,7 +211,7 @@ class Case(NamedTuple):
     """One implementation's jitted function and its arguments."""
 
     name: str
-    step: Callable[[Any, list[Any]], Any]
+    step: jax.stages.Wrapped
     x: Any
     weights: list[Any]
 
