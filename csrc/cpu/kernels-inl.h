@@ -430,7 +430,7 @@ void run(const KernelArgs& args, const Region& region, int tile_rows, const floa
 #if JAX_TRIRUN_HAS_TABLES
 
 // The tables of one block of k: [32 pairs][rows][16] from staged [64 p][rows]. Every region makes its own:
-// that costs 2 % of its time, and they never leave L1.
+// that is some 2 % of its instructions, and they never leave L1.
 template <int rows>
 void make_tables(const float* staged, float* tables) {
   for (int pair = 0; pair < kPairs; ++pair) {
@@ -446,8 +446,8 @@ void make_tables(const float* staged, float* tables) {
 //
 // The four values of a column are added to each other before they join the sum, so that the next step need
 // not wait for four additions. Half of the additions are written as a multiply-add by one: the same value
-// from other units. On Zen 4, permutes and shifts share units with additions, and the mixture runs a third
-// faster.
+// from other units. Zen 4 has two units for shifts and additions, two for permutes and two for multiply-adds,
+// of four in all; shifts and all additions would be too many for theirs.
 template <int rows>
 inline void add_step(const uint32_t* lanes, const float* tables, F32 one, F32 (*acc)[2]) {
   const U32 words = opaque(load_words(lanes));  // else each shift loads them again

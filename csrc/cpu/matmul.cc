@@ -17,7 +17,8 @@ using Codes = Layout<2>;
 // Enough tasks for the threads of a large machine and a small last one; more would shorten the strips
 // of words that are read in one go.
 constexpr int64_t kWantedTasks = 32;
-// Long strips are rounded up to whole pages of memory (8 blocks): 16 are 10 % faster than 14.
+// Long strips are rounded up to whole pages of memory (8 blocks): of words in DRAM, 16 blocks take 10 % less
+// time than 14 when pages begin with strips.
 constexpr int64_t kPageBlocks = 4096 / (Codes::kWordsPerBlock * sizeof(uint32_t));
 // Rows that share one decoded panel of weights.
 constexpr int64_t kMaxRegionRows = 96;
