@@ -81,7 +81,7 @@ def _columns(arguments: argparse.Namespace, work: Any) -> None:
     columns: dict[str, Any] = {}
 
     def measure(lm: shared.LanguageModel) -> None:
-        kind = "2-bit" if shared.packed_layers(lm.decoder) else "float32"
+        kind = shared.kind(lm.decoder)
         started = time.perf_counter()
         columns[kind if kind not in columns else f"{kind} ({lm.name})"] = work.measure(lm)
         print(f"measured   {kind}, in {time.perf_counter() - started:.1f} s", flush=True)
@@ -109,7 +109,6 @@ class _Perplexity:
         self.limit, self.bos = arguments.max_tokens, arguments.bos
         names = ("window", "stride", "batch_tokens")
         self.protocol = {name: getattr(arguments, name) for name in names}
-        self.seconds = 0.0
 
     def measure(self, lm: shared.LanguageModel) -> Perplexity:
         documents = [lm.tokenizer.encode(text, special=False)[: self.limit] for text in self.texts]

@@ -45,11 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     quantised = shared.quantise(lm, arguments)
     _stream(lm, prompt, arguments)
     if tokens is not None and before is not None:
-        text = (
-            f"{before.value:.2f}, 2-bit"
-            if shared.packed_layers(lm.decoder)
-            else f"{before.value:.2f} in float32"
-        )
+        text = f"{before.value:.2f}, {shared.kind(lm.decoder)}"
         if quantised:
             after = shared.measure(lm, [tokens], window=arguments.window)
             text = f"{before.value:.2f} in float32, {after.value:.2f} 2-bit"

@@ -195,6 +195,17 @@ def packed_layers(decoder: Any) -> int:
     return sum(isinstance(module, flax_layers.QuantDense) for _, module in nnx.iter_graph(decoder))
 
 
+def kind(decoder: Any) -> str:
+    """What its layers are, in a word: "float32", "2-bit", or "2/4-bit" when they differ."""
+    from flax import nnx
+
+    import flax_layers
+
+    modules = (module for _, module in nnx.iter_graph(decoder))
+    bits = sorted({module.bits for module in modules if isinstance(module, flax_layers.QuantDense)})
+    return "/".join(map(str, bits)) + "-bit" if bits else "float32"
+
+
 def linear_weights(decoder: Any) -> int:
     """Weights in linear layers, quantised or not; embedding and head are not counted."""
     from flax import nnx
