@@ -145,7 +145,7 @@ def lower_call(target: str, ctx: Any, operands: Sequence[Any], attributes: dict[
 
     In a module for ``jax.export`` the call carries a note, which JAX prints with the call if it refuses it.
     """
-    results = jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)
+    results: Any = jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)
     if ctx.module_context.lowering_parameters.for_export:
         note = "pass disabled_checks=jax_trirun.export_disabled_checks() to jax.export.export"
         call = results[0].owner

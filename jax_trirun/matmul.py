@@ -1,6 +1,7 @@
 """The public call: checks, messages, and what will run where."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def matmul(
         >>> y = jax.jit(jax_trirun.matmul)(x, qw)
     """
     x, words, s, zeros, params = _prepare("matmul", x, qw, s, zeros, out_dtype, backend)
-    product = partial(_product, **params)
+    product: Callable[..., jax.Array] = partial(_product, **params)
     if (mesh := explicit_mesh("matmul", x, words, s, zeros)) is None:
         return product(x, words, s, zeros)
     operands = [a for a in (x, words, s, zeros) if a is not None]

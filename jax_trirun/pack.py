@@ -57,7 +57,8 @@ def pack(codes: Any, *, bits: int = 2) -> jax.Array:
                 f"pack: codes must lie in 0 .. {lay.max_code} for bits={bits}, got {low} .. {high}; "
                 "codes are offsets from the zero point, not the signed weights"
             )
-    return _bind("pack", _pack_p, jnp.asarray(codes.astype(np.uint8)), *codes.shape[-2:], bits)
+    k, n = codes.shape[-2:]
+    return _bind("pack", _pack_p, jnp.asarray(codes.astype(np.uint8)), k, n, bits)
 
 
 def unpack(words: Any, shape: tuple[int, int], *, bits: int = 2) -> jax.Array:

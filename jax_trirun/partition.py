@@ -36,15 +36,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .layout import layout
 
+Factors = tuple[str, ...]  # whose product is the size of an array axis, major first
 Axes = tuple[str, ...]  # mesh axes that one array axis is sharded over, major first
 
 
 class Weight(NamedTuple):
-    """The sizes of a packed weight; groups is None for codes alone, which may be cut at any block."""
+    """The sizes of a packed weight. Codes alone are as one group: they may be cut at any block."""
 
     k: int
     n: int
-    groups: int | None
+    groups: int
     bits: int
 
 
@@ -61,7 +62,7 @@ class Placement(NamedTuple):
 
 def _fits_k(weight: Weight, shards: int) -> bool:
     whole_blocks = weight.k % (shards * layout(weight.bits).block_k) == 0
-    return shards == 1 or (whole_blocks and (weight.groups in (None, 1) or weight.groups % shards == 0))
+    return shards == 1 or (whole_blocks and (weight.groups == 1 or weight.groups % shards == 0))
 
 
 def _fits_n(weight: Weight, shards: int) -> bool:
@@ -78,7 +79,7 @@ def _cut(where: str, what: str, wanted: Axes, weight: Weight, sizes: dict[str, i
         lay = layout(weight.bits)
         if what == "K":
             units, size = f"whole blocks of {lay.block_k} rows", weight.k
-            if weight.groups not in (None, 1):
+            if weight.groups != 1:
                 units += f" and whole groups of {weight.k // weight.groups}"
         else:
             units, size = f"whole blocks of {lay.block_n} columns", weight.n
@@ -131,11 +132,10 @@ def place(
     rows, inner = x
     result_rows, outer = result if result is not None else ((), ())
     along_k, along_n = (outer, inner) if transpose else (inner, outer)
-    k = [words[0], () if weight.groups == 1 else scales[0]]
-    n = [words[1], scales[1]]
+    own_k, own_n = [words[0], () if weight.groups == 1 else scales[0]], [words[1], scales[1]]
     # An axis that the weight has for N does not shard K because x is sharded so, nor the other way round.
-    k = _wanted([*k, _without(along_k, _wanted(n))])
-    n = _without(_wanted([*n, _without(along_n, k)]), k)
+    k = _wanted([*own_k, _without(along_k, _wanted(own_n))])
+    n = _without(_wanted([*own_n, _without(along_n, k)]), k)
     if rows:
         contracted, free = (n, k) if transpose else (k, n)
         rows = _without(rows, () if not set(outer) & set(free) else free)
@@ -292,21 +292,22 @@ def _matmul_rule(weight: Weight, zeros: bool, transpose: bool) -> SdyShardingRul
 def _factors(weight: Weight):
     """Sizes of the factors; those of K in x, words and scales; those of N in y (and scales) and words."""
     lay = layout(weight.bits)
-    one_group = weight.groups in (None, 1)
-    if weight.k % lay.block_k:  # padded: no part but the whole is a packed weight
-        sizes, along_k = {}, (("kx",), ("kw",), ("ks",))
-    else:
+    one_group = weight.groups == 1
+    sizes: dict[str, int] = {}
+    along_k: tuple[Factors, Factors, Factors] = ("kx",), ("kw",), ("ks",)
+    if weight.k and weight.k % lay.block_k == 0:  # else padded: no part but the whole is a packed weight
         blocks = weight.k // lay.block_k
         groups = blocks if one_group else weight.groups
         few, many = sorted((blocks, groups))
         sizes = {"k0": few, "k1": many // few, "k2": weight.k // many}
-        fine, coarse = ("k0", "k1"), ("k0",)
+        fine: Factors = ("k0", "k1")
+        coarse: Factors = ("k0",)
         along_k = (
             (*fine, "k2"),
             fine if blocks == many else coarse,
             ("ks",) if one_group else fine if groups == many else coarse,
         )
-    if weight.n % lay.block_n:
+    if not weight.n or weight.n % lay.block_n:
         return sizes, along_k, (("n",), ("nw",))
     sizes |= {"n0": weight.n // lay.block_n, "n1": lay.block_n}
     return sizes, along_k, (("n0", "n1"), ("n0",))
@@ -321,16 +322,13 @@ def _rule(operands, result, sizes: dict[str, int], **kinds) -> SdyShardingRule:
 
     mappings = [mapping(dims) for dims in (*operands, result)]
     whole = {dim for m in mappings for dim in m if isinstance(dim, str)}
-    parts = {f for m in mappings for dim in m if not isinstance(dim, str) for f in dim}
     order = list(
         dict.fromkeys(f for m in mappings for dim in m for f in ((dim,) if isinstance(dim, str) else dim))
     )
-    kinds = {
-        kind: tuple(sorted(set(factors) & set(order), key=order.index)) for kind, factors in kinds.items()
-    }
-    return SdyShardingRule(
-        tuple(mappings[:-1]), (mappings[-1],), **kinds, **{f: sizes[f] for f in sorted(parts - whole)}
-    )
+    options: dict[str, Any] = {f: sizes[f] for f in order if f not in whole}
+    for kind, factors in kinds.items():
+        options[kind] = tuple(f for f in order if f in factors)
+    return SdyShardingRule(tuple(mappings[:-1]), (mappings[-1],), **options)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -400,9 +398,8 @@ class _Blocks(NamedTuple):
     def rule(self, *_):
         sizes, (_, words_k, _), (codes_n, words_n) = _factors(self.weight)
         blocks = layout(self.weight.bits)
-        if self.weight.k % blocks.block_k:
-            codes_k = ("kx",)
-        else:
+        codes_k: Factors = ("kx",)
+        if "k0" in sizes:
             sizes |= {"k0": self.weight.k // blocks.block_k, "k1": blocks.block_k}
             codes_k, words_k = ("k0", "k1"), ("k0",)
         lead = [(f"b{i}",) for i in range(self.lead)]
@@ -425,7 +422,7 @@ def _block_specs(axes: Sequence[Axes], packs: bool):
 
 def partitioned_blocks(call: Callable, array: Any, *, k: int, n: int, bits: int, packs: bool):
     """``call(array, k=k, n=n, bits=bits)``, pack or unpack, which XLA may partition over Auto axes."""
-    blocks = _Blocks(call, Weight(k, n, None, bits), array.ndim - (2 if packs else 3), packs)
+    blocks = _Blocks(call, Weight(k, n, 1, bits), array.ndim - (2 if packs else 3), packs)
     return _custom_partitioning(blocks, blocks.whole)(array)
 
 
@@ -435,7 +432,7 @@ def blocks_on_explicit_mesh(
     """``local(array, k=k, n=n)``, pack or unpack, by parts over the mesh's Explicit axes."""
     sizes = dict(mesh.shape)
     *lead, k_axes, n_axes = _array_axes(array) if packs else _array_axes(array)[:-1]
-    axes = place_blocks(where, Weight(k, n, None, bits), sizes, k_axes, n_axes)
+    axes = place_blocks(where, Weight(k, n, 1, bits), sizes, k_axes, n_axes)
     operand, result = _block_specs([*lead, *axes], packs)
     sizes_here = {"k": k // _count(axes[0], sizes), "n": n // _count(axes[1], sizes)}
     return _on_parts(
@@ -525,9 +522,9 @@ def on_explicit_mesh(mesh: Any, local: Callable, operands: Sequence[Any], *, k: 
     weight = Weight(k, scales.shape[1], scales.shape[0], bits)
     placed = place(weight, sizes, (rows, inner), _array_axes(words), _array_axes(scales))
     (_, words_spec, scales_spec, *_), _, summed = _specs(placed, weight.groups, bool(zeros), False)
-    lead = [axes or None for axes in lead]
-    specs = [PartitionSpec(*lead, placed.k or None), words_spec, scales_spec, *[scales_spec] * len(zeros)]
-    result = PartitionSpec(*lead, placed.n or None)
+    leading = [axes or None for axes in lead]
+    specs = [PartitionSpec(*leading, placed.k or None), words_spec, scales_spec, *[scales_spec] * len(zeros)]
+    result = PartitionSpec(*leading, placed.n or None)
     part = functools.partial(local, k=k // _count(placed.k, sizes), summed=summed)
     whole = functools.partial(local, k=k, summed=())
     return _on_parts(mesh, part, whole, operands, specs, result)
@@ -543,7 +540,7 @@ def _on_parts(
         apart = jax.sharding.auto_axes(whole, axes=tuple(explicit), out_sharding=NamedSharding(mesh, result))
         return apart(*operands)
     operands = [jax.sharding.reshard(a, NamedSharding(mesh, s)) for a, s in zip(operands, specs, strict=True)]
-    names = {}
+    names: dict[str, Any] = {}
     if AxisType.Manual in mesh.axis_types:
         # Keep no values from the inner shard_map for the backward pass: JAX gets their shapes wrong there.
         names, part = {"axis_names": explicit}, jax.checkpoint(part)
