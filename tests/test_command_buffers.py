@@ -55,14 +55,16 @@ print(statistics.median(times) * 1e6)
 
 def thunks(text):
     """[(depth, kind)] of a dumped sequence of XLA's GPU thunks, whose lines are like "  001: kCustomCall ..."."""
-    found = [(len(m[1]), m[2]) for m in re.finditer(r"^(\s*)\d+: (k\w+)", text, re.MULTILINE)]
+    found = [(len(m[1]), m[2]) for m in re.finditer(r"^([ \t]*)\d+: (k\w+)", text, re.MULTILINE)]
     assert found, f"no thunks in what XLA dumped: {text[:500]!r}"
     return found
 
 
 def dumped(folder, suffix):
-    (path,) = folder.glob(f"*jit_step*.{suffix}.txt")
-    return thunks(path.read_text())
+    paths = list(folder.glob(f"*jit_step*.{suffix}.txt"))
+    there = [path.name for path in folder.iterdir()]
+    assert len(paths) == 1, f"wanted one dump of jit_step's {suffix}, found {there}"
+    return thunks(paths[0].read_text())
 
 
 @pytest.fixture
