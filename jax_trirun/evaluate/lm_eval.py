@@ -186,14 +186,15 @@ class DecoderLM(TemplateLM):
             members = sorted(members, key=lambda i: len(prompts[i]))  # alike lengths side by side
             for start in range(0, len(members), GENERATE_BATCH):
                 chosen = members[start : start + GENERATE_BATCH]
-                texts = self._generate([prompts[i] for i in chosen], until, count, temperature)
+                key = jax.random.fold_in(jax.random.key(0), start)
+                texts = self._generate([prompts[i] for i in chosen], until, count, temperature, key)
                 for i, text in zip(chosen, texts, strict=True):
                     answers[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return answers
 
     def _generate(
-        self, prompts: list[list[int]], until: Sequence[str], count: int, temperature: float
+        self, prompts: list[list[int]], until: Sequence[str], count: int, temperature: float, key: jax.Array
     ) -> list[str]:
         """At most GENERATE_BATCH prompts, decoded side by side."""
         from flax_layers.llama import sample
@@ -203,7 +204,7 @@ class DecoderLM(TemplateLM):
         logits, cache = decoder.prefill([*prompts, *padding])
         new: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
-        key, warmth = jax.random.key(0), jnp.float32(temperature)
+        warmth = jnp.float32(temperature)
         for step in range(count):
             tokens = sample(logits, jax.random.fold_in(key, step), warmth)
             for i, token in enumerate(np.asarray(tokens)[: len(prompts)].tolist()):
