@@ -457,16 +457,17 @@ inline void add_step(const uint32_t* lanes, const float* tables, F32 one, F32 (*
       {shift_right<shift_of(0, 1, 0, 0)>(words), shift_right<shift_of(0, 1, 1, 0)>(words),
        shift_right<shift_of(1, 1, 0, 0)>(words), shift_right<shift_of(1, 1, 1, 0)>(words)}};
   for (int r = 0; r < rows; ++r) {
-    F32 values[2][4];
-    for (int i = 0; i < 4; ++i) {
-      const F32 table = opaque(load(tables + (i * rows + r) * kEntries));
-      for (int b = 0; b < 2; ++b) values[b][i] = look_up(at[b][i], table);
+    F32 sums[2][2];  // [b][h]: of two values each, in an order that needs few registers
+    for (int h = 0; h < 2; ++h) {
+      const F32 first = opaque(load(tables + (2 * h * rows + r) * kEntries));
+      const F32 second = opaque(load(tables + ((2 * h + 1) * rows + r) * kEntries));
+      for (int b = 0; b < 2; ++b) {
+        const F32 value = look_up(at[b][2 * h], first);
+        const F32 other = look_up(at[b][2 * h + 1], second);
+        sums[b][h] = h == 0 ? add(value, other) : fma(value, one, other);
+      }
     }
-    for (int b = 0; b < 2; ++b) {
-      const F32 low = add(values[b][0], values[b][1]);
-      const F32 high = fma(values[b][2], one, values[b][3]);
-      acc[r][b] = fma(add(low, high), one, acc[r][b]);
-    }
+    for (int b = 0; b < 2; ++b) acc[r][b] = fma(add(sums[b][0], sums[b][1]), one, acc[r][b]);
   }
 }
 
