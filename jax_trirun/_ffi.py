@@ -98,6 +98,9 @@ def _load_all() -> dict[str, Backend]:
         module = _load(module_name, "CUDA" if platform == "cuda" else platform, required=platform == "cpu")
         if module is not None:
             table |= {name: Backend(name, platform, module, attrs) for name, attrs in names.items()}
+    if "cuda" not in table:  # nothing here calls it then, but a program exported elsewhere may
+        for target, handler in table["cpu"].module.missing_cuda_handlers().items():
+            jax.ffi.register_ffi_target(target, handler, platform="CUDA")
     return table
 
 

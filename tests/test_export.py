@@ -204,3 +204,14 @@ def test_compiled_programs_are_found_by_other_processes(tmp_path, run_python):
     runs = [run_python(_CACHED, tmp_path / "cache", **flag).splitlines() for _ in range(2)]
     assert runs[0] == ["one miss", "Explicit miss", "Auto miss"]
     assert runs[1] == ["one hit", "Explicit hit", "Auto hit"]
+
+
+def test_a_program_without_its_cuda_module_says_so():
+    """The handler that stands in for the module's, under another name on the CPU."""
+    (handler,) = _ffi.cpu_module.missing_cuda_handlers().values()
+    jax.ffi.register_ffi_target("jax_trirun_test_missing", handler, platform="cpu")
+    call = jax.ffi.ffi_call("jax_trirun_test_missing", jax.ShapeDtypeStruct((2,), np.float32))
+    with pytest.raises(
+        Exception, match="installed without its CUDA module; reinstall it where nvcc is found"
+    ):
+        jax.block_until_ready(call(jnp.ones(3), portable=np.int64(0)))

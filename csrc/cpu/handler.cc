@@ -198,6 +198,20 @@ XLA_FFI_DEFINE_HANDLER(
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>(
         "bits"));
 
+// ---- What is missing ----------------------------------------------------------------------------
+
+// Stands in the CUDA module's place where that was not built: a program exported elsewhere then says what it wants,
+// and not only that a target has no name here.
+ffi::Error missing_cuda_impl(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  return ffi::Error(
+      ffi::ErrorCode::kFailedPrecondition,
+      "matmul: this program calls jax_trirun's CUDA kernels, but jax_trirun was installed without its "
+      "CUDA module; reinstall it where nvcc is found (pip install -v . says what it builds)");
+}
+
+XLA_FFI_DEFINE_HANDLER(missing_cuda_handler, missing_cuda_impl,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
 // ---- Python -------------------------------------------------------------------------------------
 
 using Table = nb::ndarray<nb::numpy, int32_t, nb::ndim<2>>;
@@ -251,6 +265,12 @@ nb::dict ffi_handlers() {
   return d;
 }
 
+nb::dict missing_cuda_handlers() {
+  nb::dict d;
+  d["jax_trirun_matmul_v1"] = capsule(missing_cuda_handler);
+  return d;
+}
+
 std::vector<std::string> isas() {
   int count = 0;
   const char* const* names = available_isas(&count);
@@ -264,6 +284,8 @@ NB_MODULE(_cpu, m) {
   using namespace jax_trirun::cpu;
   m.doc() = "The CPU back end of jax_trirun: FFI handlers and the packed layout's tables.";
   m.def("ffi_handlers", &ffi_handlers, "FFI target name -> handler.");
+  m.def("missing_cuda_handlers", &missing_cuda_handlers,
+        "FFI target name -> a handler that says that the CUDA module is missing.");
   m.def(
       "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "(major, minor) of the XLA FFI headers that this module was built with.");
