@@ -346,7 +346,7 @@ def test_a_killed_run_resumes_to_the_same_model(capsys, model, text, tmp_path):
     assert cli.main([*arguments, "--out", str(whole)]) == 0
     for written in (0, 2):
         out = tmp_path / f"killed{written}"
-        program = [sys.executable, "-c", KILLED, str(written), *arguments, "--out", str(out)]
+        program = [sys.executable, "-P", "-c", KILLED, str(written), *arguments, "--out", str(out)]
         done = subprocess.run(program, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert len(list(out.glob("model-*.safetensors"))) == written and list(out.glob(".*.part"))
