@@ -55,14 +55,15 @@ def test_a_row_for_the_dense_dot_and_each_back_end(tmp_path, capsys):
 
 def test_every_product_is_made():
     problem = MatmulProblem(2, 128, 64, 64)
-    qt = problem.quant_tensor()
-    copies = [jax.tree.map(jnp.array, qt) for _ in range(5)]
-    packed = bench.repeated(lambda x, w: jax_trirun.matmul(x, w, backend="cpu"))
-    compiled = packed.lower(problem.x(), copies).compile().as_text()
-    assert compiled.count(f'custom_call_target="{_ffi.MATMUL_TARGET}"') == 5
-    dense = bench.repeated(jnp.dot)
-    compiled = dense.lower(problem.x(), [jnp.zeros((128, 64))] * 5).compile().as_text()
-    assert compiled.count("f32[2,64]") >= 5  # all columns of each, though only one number is returned
+    with jax.default_device(jax.devices("cpu")[0]):
+        qt = problem.quant_tensor()
+        copies = [jax.tree.map(jnp.array, qt) for _ in range(5)]
+        packed = bench.repeated(lambda x, w: jax_trirun.matmul(x, w, backend="cpu"))
+        compiled = packed.lower(problem.x(), copies).compile().as_text()
+        assert compiled.count(f'custom_call_target="{_ffi.MATMUL_TARGET}"') == 5
+        dense = bench.repeated(jnp.dot)
+        compiled = dense.lower(problem.x(), [jnp.zeros((128, 64))] * 5).compile().as_text()
+        assert compiled.count("f32[2,64]") >= 5  # all columns of each, though only one number is returned
 
 
 def test_copies_exceed_the_cache(monkeypatch):

@@ -211,7 +211,6 @@ def test_a_program_without_its_cuda_module_says_so():
     (handler,) = _ffi.cpu_module.missing_cuda_handlers().values()
     jax.ffi.register_ffi_target("jax_trirun_test_missing", handler, platform="cpu")
     call = jax.ffi.ffi_call("jax_trirun_test_missing", jax.ShapeDtypeStruct((2,), np.float32))
-    with pytest.raises(
-        Exception, match="installed without its CUDA module; reinstall it where nvcc is found"
-    ):
+    message = "installed without its CUDA module; reinstall it where nvcc is found"
+    with jax.default_device(jax.devices("cpu")[0]), pytest.raises(Exception, match=message):
         jax.block_until_ready(call(jnp.ones(3), portable=np.int64(0)))

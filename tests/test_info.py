@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -91,7 +92,8 @@ def test_text_and_perplexity_from_a_packed_model(capsys, packed_path):
     assert re.search(r"perplexity [\d.]+, 2-bit, over \d+ tokens", out)
 
 
-def test_no_such_model(capsys, tmp_path):
+def test_no_such_model(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # it takes no package to see that
     for name, message in {
         "none.gguf": "none.gguf: no such file",
         "folder": "config.json: no such file; a model's directory must have it",

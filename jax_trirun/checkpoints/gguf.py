@@ -64,10 +64,10 @@ def read(path: str | Path) -> File:
       CheckpointError: not a GGUF file, or a damaged one.
       ImportError: the package `gguf` is not installed.
     """
-    gguf = optional_import("gguf", "reading a GGUF file")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    gguf = optional_import("gguf", "reading a GGUF file")
     try:
         reader = gguf.GGUFReader(str(path))
         metadata = {name: field.contents() for name, field in reader.fields.items()}
