@@ -6,8 +6,9 @@ A device's part of a weight is a packed weight itself when it holds whole blocks
     N sharded             every device has its columns of y          nothing to communicate
     K sharded             every device has a part of every sum       one all-reduce of float32
 
-and likewise for the product with the transposed weight, where K and N change roles. :func:`place` picks
-the mesh axes for each of the three; what cannot be cut that way is replicated, with a warning.
+and likewise for the product with the transposed weight, where K and N change roles, and for the gradient of
+scales, which is summed over rows. :func:`place` picks the mesh axes for each of the three; what cannot be
+cut that way is replicated, with a warning.
 
 On *Explicit* axes types carry the sharding, so the parts are known while tracing, and the product is a
 ``jax.shard_map`` (:func:`on_explicit_mesh`). On *Auto* axes XLA decides while compiling, and calls back
@@ -357,6 +358,65 @@ def partitioned_matmul(call: Callable, operands: Sequence[Any], *, k, transpose,
         tuple(sorted(params.items())),
     )
     return _custom_partitioning(product, product.whole)(*operands)
+
+
+class _ScalesCotangent(NamedTuple):
+    """a [M, K], b [M, N], words and perhaps zeros -> [groups, N], for the callbacks: K and N stay where they
+    are, and rows are summed."""
+
+    call: Callable
+    weight: Weight
+    zeros: bool
+    backend: str | None
+
+    def whole(self, *operands):
+        return self.part(operands, self.weight.k, self.weight.groups)
+
+    def part(self, operands, k, groups):
+        return self.call(*operands, k=k, groups=groups, bits=self.weight.bits, backend=self.backend)
+
+    def place(self, arrays):
+        mesh = _fine_mesh(arrays[0])
+        a, b, words, *zeros = (_axes_of(mesh, array) for array in arrays)
+        scales = zeros[0] if zeros else ((), ())
+        placement = place(self.weight, dict(mesh.shape), a, words, scales, b)
+        specs, result, _ = _specs(placement, self.weight.groups, True, False)
+        x, words_spec, scales_spec, _ = specs
+        operands = [x, result, words_spec, *[scales_spec] * self.zeros]
+        return mesh, placement, operands, scales_spec
+
+    def partition(self, _, arrays, result):
+        mesh, placement, operands, out = self.place(arrays)
+        k_shards = _count(placement.k, dict(mesh.shape))
+        one_group = self.weight.groups == 1
+        groups = 1 if one_group else self.weight.groups // k_shards
+        summed = placement.rows + (placement.k if one_group else ())
+
+        def local(*operands):
+            s_bar = self.part(operands, self.weight.k // k_shards, groups)
+            return _all_reduce_p.bind(s_bar, axes=summed) if summed else s_bar
+
+        return mesh, local, NamedSharding(mesh, out), tuple(NamedSharding(mesh, s) for s in operands)
+
+    def infer(self, _, arrays, result):
+        mesh, *_, out = self.place(arrays)
+        return NamedSharding(mesh, out)
+
+    def rule(self, *_):
+        sizes, (x_k, words_k, scales_k), (out_n, words_n) = _factors(self.weight)
+        scales = (scales_k, out_n)
+        operands = [(("m",), x_k), (("m",), out_n), (words_k, words_n, ("w",)), *[scales] * self.zeros]
+        summed = {f for dims in operands for dim in dims for f in dim} - {"w", *scales_k, *out_n}
+        return _rule(operands, scales, sizes, reduction_factors=summed)
+
+
+def partitioned_scales_cotangent(
+    call: Callable, operands: Sequence[Any], *, k: int, groups: int, bits: int, backend: str | None
+):
+    """``call(*operands, k=..., groups=...)``, which XLA may partition over the Auto axes of the mesh."""
+    weight = Weight(k, operands[1].shape[1], groups, bits)
+    cotangent = _ScalesCotangent(call, weight, len(operands) == 4, backend)
+    return _custom_partitioning(cotangent, cotangent.whole)(*operands)
 
 
 class _Blocks(NamedTuple):

@@ -11,6 +11,9 @@ weight has them, zeros [groups, N]; its parameters:
 
 It lowers to ``_call_p``, which is one call into one back end and knows nothing of transformations.
 Between the two is partition.py, which has each device make a call for its part.
+
+The gradient of scales is another primitive, ``scales_cotangent_p``, made likewise; the transposes of each
+are the other.
 """
 
 from functools import partial
@@ -23,10 +26,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
-from .layout import layout
-from .pack import unpack
-from .partition import can_call_back, lower_partitioned, partitioned_matmul
-from .reference import HIGHEST, matmul_reference, repeat_groups
+from .partition import (
+    can_call_back,
+    lower_partitioned,
+    partitioned_matmul,
+    partitioned_scales_cotangent,
+)
+from .reference import HIGHEST, matmul_reference, scales_cotangent_reference
 from .types import FLOATS, check_weights
 
 matmul_p = Primitive("jax_trirun_matmul")
@@ -287,20 +293,24 @@ _call_p.def_impl(lambda *operands, **params: xla.apply_primitive(_call_p, *opera
 
 def _batch(args, dims, **params):
     """x alone is batched: its batch joins M. Anything else: one product after the other."""
-    args = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]
+    if dims[0] is None or any(d is not None for d in dims[1:]):
+        return _one_by_one(bind_matmul, args, dims, **params)
+    x = jnp.moveaxis(args[0], dims[0], 0)
+    b, m, inner = x.shape
+    y = bind_matmul(x.reshape(b * m, inner), *args[1:], **params)
+    return y.reshape(b, m, y.shape[1]), 0
+
+
+def _one_by_one(bind, args, dims, **params):
+    """One call after the other, of the slices of what is batched."""
     batched = [d is not None for d in dims]
-    if batched[0] and not any(batched[1:]):
-        b, m, inner = args[0].shape
-        y = bind_matmul(args[0].reshape(b * m, inner), *args[1:], **params)
-        return y.reshape(b, m, y.shape[1]), 0
+    moved = tuple(jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None)
 
     def one(slices):
         rest = iter(slices)
-        return bind_matmul(
-            *(next(rest) if is_in else a for a, is_in in zip(args, batched, strict=True)), **params
-        )
+        return bind(*(next(rest) if is_in else a for a, is_in in zip(args, batched, strict=True)), **params)
 
-    return jax.lax.map(one, tuple(a for a, is_in in zip(args, batched, strict=True) if is_in)), 0
+    return jax.lax.map(one, moved), 0
 
 
 batching.primitive_batchers[matmul_p] = _batch
@@ -312,11 +322,12 @@ batching.primitive_batchers[matmul_p] = _batch
 #
 #     y[m, n]      = sum_k x[m, k] s[g, n] (c[k, n] - z[g, n])      linear in x, in s, affine in z
 #     x_bar[m, k]  = (y_bar @ W.T)[m, k]                            the primitive, transposed
-#     s_bar[g, n]  = sum_{k in g} P[k, n] (c[k, n] - z[g, n])
+#     s_bar[g, n]  = sum_{k in g} P[k, n] (c[k, n] - z[g, n])       scales_cotangent_p
 #     y_dot (of z) = - (sum_{k in g} x[m, k]) @ (s * z_dot)
 #
 # All of it is again made of differentiable operations, so derivatives of any order follow. The
-# transposed product is the same with the roles of x and y_bar exchanged.
+# transposed product is the same with the roles of x and y_bar exchanged. s_bar itself is linear in x and
+# in y_bar, and its transposes are products with a weight whose scales are the cotangent of s_bar.
 
 
 def _jvp(primals, tangents, **params):
@@ -357,21 +368,91 @@ def _transpose(ct, x, words, scales, *zeros, k, out_dtype, transpose, bits, back
             k=k, out_dtype=x.aval.dtype, transpose=not transpose, bits=bits, backend=backend,
         )  # fmt: skip
     else:
-        along_k, along_n = (ct, x) if transpose else (x, ct)
-        s_bar = _scales_cotangent(
-            along_k, along_n, words, zeros[0] if zeros else None, scales.aval.shape[0], k, bits
+        a, b = (ct, x) if transpose else (x, ct)
+        s_bar = _bind_cotangent(
+            a, b, words, *zeros, k=k, groups=scales.aval.shape[0], bits=bits, backend=backend
         )
         results[2] = s_bar.astype(scales.aval.dtype)
     return results
 
 
-def _scales_cotangent(along_k, along_n, words, zeros, groups, k, bits):
-    n = along_n.shape[1]
-    p = jnp.matmul(along_k.astype(jnp.float32).T, along_n.astype(jnp.float32), precision=HIGHEST)
-    codes = unpack(words, (k, n), bits=bits).astype(jnp.float32)
-    zero = layout(bits).zero_point if zeros is None else repeat_groups(zeros.astype(jnp.float32), k)
-    return jnp.sum((p * (codes - zero)).reshape(groups, k // groups, n), axis=1)
-
-
 ad.primitive_jvps[matmul_p] = _jvp
 ad.primitive_transposes[matmul_p] = _transpose
+
+
+# ---- The gradient of scales ---------------------------------------------------------------------------
+#
+# Its operands are a [M, K], b [M, N], words and, when the weight has them, zeros.
+
+scales_cotangent_p = Primitive("jax_trirun_scales_cotangent")
+_cotangent_call_p = Primitive("jax_trirun_scales_cotangent_call")
+
+
+def _bind_cotangent(*operands, **params):
+    return scales_cotangent_p.bind(*_same_varying_axes(list(operands)), **params)
+
+
+def _cotangent_abstract_eval(a, b, words, *zeros, k, groups, bits, backend):
+    del a, words, zeros, k, bits, backend
+    spec = jax.sharding.PartitionSpec(None, None)
+    sharding = jax.sharding.NamedSharding(b.sharding.mesh, spec)  # on Explicit axes only parts come here
+    shape = (groups, b.shape[1])
+    return b.update(shape=shape, dtype=np.dtype("float32"), weak_type=False, sharding=sharding)
+
+
+def _lower_cotangent(ctx, *operands, **params):
+    def parts(*operands):
+        return partitioned_scales_cotangent(_cotangent_call_p.bind, operands, **params)
+
+    function = parts if can_call_back("matmul", ctx) else partial(_cotangent_call_p.bind, **params)
+    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+
+
+def _lower_cotangent_call(ctx, *operands, k, groups, bits, backend):
+    del backend
+
+    def compute(a, b, words, zeros=None):
+        return scales_cotangent_reference(a, b, words, zeros, k=k, groups=groups, bits=bits)
+
+    return _lower_plainly(compute, ctx, operands)
+
+
+def _cotangent_jvp(primals, tangents, **params):
+    a, b, words, *zeros = primals
+    a_dot, b_dot, _, *zeros_dot = tangents
+    s_bar = _bind_cotangent(*primals, **params)
+    terms = []
+    if not isinstance(a_dot, ad.Zero):
+        terms.append(_bind_cotangent(a_dot, b, words, *zeros, **params))
+    if not isinstance(b_dot, ad.Zero):
+        terms.append(_bind_cotangent(a, b_dot, words, *zeros, **params))
+    if zeros and not isinstance(zeros_dot[0], ad.Zero):
+        m, k = a.shape
+        sums = jnp.sum(a.astype(jnp.float32).reshape(m, params["groups"], k // params["groups"]), axis=2)
+        products = jnp.matmul(sums.T, b.astype(jnp.float32), precision=HIGHEST)
+        terms.append(-products * zeros_dot[0].astype(jnp.float32))
+    if not terms:
+        return s_bar, ad.Zero(jax.typeof(s_bar).to_tangent_aval())
+    return s_bar, sum(terms[1:], start=terms[0])
+
+
+def _cotangent_transpose(ct, a, b, words, *zeros, k, groups, bits, backend):
+    del groups
+    results: list[Any] = [None] * (3 + len(zeros))
+    if not isinstance(ct, ad.Zero):
+        wrt_a = ad.is_undefined_primal(a)
+        results[0 if wrt_a else 1] = bind_matmul(
+            b if wrt_a else a, words, ct, *zeros,
+            k=k, out_dtype=(a if wrt_a else b).aval.dtype, transpose=wrt_a, bits=bits, backend=backend,
+        )  # fmt: skip
+    return results
+
+
+lower_partitioned(scales_cotangent_p, _lower_cotangent)
+mlir.register_lowering(_cotangent_call_p, _lower_cotangent_call)
+for _p in (scales_cotangent_p, _cotangent_call_p):
+    _p.def_abstract_eval(_cotangent_abstract_eval)
+    _p.def_impl(partial(xla.apply_primitive, _p))
+batching.primitive_batchers[scales_cotangent_p] = partial(_one_by_one, _bind_cotangent)
+ad.primitive_jvps[scales_cotangent_p] = _cotangent_jvp
+ad.primitive_transposes[scales_cotangent_p] = _cotangent_transpose

@@ -1,7 +1,7 @@
 """What the operation means: dequantise, then a plain matmul. Everything else is only faster."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ from .pack import unpack
 from .types import QuantTensor, check_fits, check_weights
 
 HIGHEST = jax.lax.Precision.HIGHEST
-PART_BYTES = 64 << 20  # of a weight's rows that the transposed product makes dense at once
+PART_BYTES = 64 << 20  # of a weight's rows that a backward pass makes dense at once, at most
+SMALL_PART_BYTES = 1 << 20  # below which a part is not worth a turn of a loop
 
 
 def repeat_groups(per_group: jax.Array, k: int) -> jax.Array:
@@ -95,8 +96,38 @@ def matmul_reference(
     def columns(words, scales, zeros, rows):
         return _dot(x, dequantize_float32(words, scales, zeros, rows, bits), 1).astype(out_dtype)
 
-    y = _map_parts_of_k(columns, words, scales, zeros, k, bits)  # [parts, M, K / parts]
+    parts = _parts_of_k(k, scales.shape[1], scales.shape[0], bits, PART_BYTES)
+    y = _map_parts_of_k(columns, (words, scales, zeros), k, parts)  # [parts, M, K / parts]
     return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], k)
+
+
+def scales_cotangent_reference(
+    a: jax.Array,
+    b: jax.Array,
+    words: jax.Array,
+    zeros: jax.Array | None,
+    *,
+    k: int,
+    groups: int,
+    bits: int,
+) -> jax.Array:
+    """s_bar[g, n] = sum of a[m, k] b[m, n] (code[k, n] - zero[g, n]) over all m and the k of group g.
+
+    a [M, K], b [M, N] -> float32 [groups, N]. Of ``a.T @ b`` only a part as large as the words is there at a time.
+    """
+    n = b.shape[1]
+    b = b.astype(jnp.float32)
+
+    def sums(words, a, zeros, rows):
+        levels = unpack(words, (rows, n), bits=bits).astype(jnp.float32)
+        levels -= layout(bits).zero_point if zeros is None else repeat_groups(zeros.astype(jnp.float32), rows)
+        products = _dot(a.astype(jnp.float32), b, 0) * levels
+        here = 1 if groups == 1 else groups * rows // k
+        return jnp.sum(products.reshape(here, rows // here, n), axis=1)
+
+    at_once = min(PART_BYTES, max(SMALL_PART_BYTES, words.size * words.dtype.itemsize))
+    s_bar = _map_parts_of_k(sums, (words, a.T, zeros), k, _parts_of_k(k, n, groups, bits, at_once))
+    return jnp.sum(s_bar, axis=0) if groups == 1 else s_bar.reshape(groups, n)
 
 
 def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
@@ -106,37 +137,39 @@ def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 
 
 def _map_parts_of_k(
-    f: Callable[..., jax.Array],
-    words: jax.Array,
-    scales: jax.Array,
-    zeros: jax.Array | None,
-    k: int,
-    bits: int,
+    f: Callable[..., jax.Array], arrays: Sequence[jax.Array | None], k: int, parts: int
 ) -> jax.Array:
-    """f(words, scales, zeros, K / parts) of one part of a weight's rows after the other, stacked.
+    """f(*arrays, K / parts) of one part of a weight's rows after the other, stacked.
 
     A backward pass needs every layer's weight dense. Those depend on nothing but arguments, so a compiler
     may make all of them first, and XLA's CPU scheduler does. It takes nothing out of a loop: with one,
     one part of one weight is dense at a time.
+
+    Args:
+        arrays: cut along their first axes, which count what lies along K; those of one row (of the one
+            group there is) are every part's.
     """
-    groups, n = scales.shape
-    parts = _parts_of_k(k, n, groups, bits)
     if parts == 1:
-        return f(words, scales, zeros, k)[None]
+        return f(*arrays, k)[None]
+    is_cut = [array is not None and array.shape[0] > 1 for array in arrays]
+
+    def one(cut):
+        rest = iter(cut)
+        return f(
+            *(next(rest) if own else array for own, array in zip(is_cut, arrays, strict=True)), k // parts
+        )
 
     def cut(array):
         return array.reshape(parts, array.shape[0] // parts, *array.shape[1:])
 
-    if groups == 1:
-        return jax.lax.map(lambda words: f(words, scales, zeros, k // parts), cut(words))
-    return jax.lax.map(lambda part: f(*part, k // parts), jax.tree.map(cut, (words, scales, zeros)))
+    return jax.lax.map(one, [cut(a) for a in arrays if a is not None and a.shape[0] > 1])
 
 
-def _parts_of_k(k: int, n: int, groups: int, bits: int) -> int:
-    """At least two, and of PART_BYTES at most as float32, where whole blocks and groups allow it."""
+def _parts_of_k(k: int, n: int, groups: int, bits: int, part_bytes: int) -> int:
+    """At least two, and of ``part_bytes`` at most as float32, where whole blocks and groups allow it."""
     block = layout(bits).block_k
     unit = block if groups == 1 else math.lcm(block, k // groups)
-    if k % unit:
+    if k % unit or k == 0:
         return 1
-    units, wanted = k // unit, max(2, -(-4 * k * n // PART_BYTES))
+    units, wanted = k // unit, max(2, -(-4 * k * n // part_bytes))
     return next((parts for parts in range(wanted, units) if units % parts == 0), units)

@@ -100,6 +100,16 @@ def test_result_gradients_and_collectives(kind, way):
 
 
 @both_kinds
+def test_gradients_of_scales_are_summed_by_groups(kind):
+    """Devices that have rows of x add what is as small as the scales, never something as large as the weight."""
+    x, words, scales, zeros = put(mesh_of(kind), arrays_of(PROBLEM), (P("b", None), *weight_specs(None, "t")))
+    gradient = jax.jit(jax.grad(lambda scales, *rest: loss(rest[0], scales, *rest[1:])))
+    text = gradient.lower(scales, x, zeros, words).compile().as_text()
+    sizes = re.findall(r"= \w+\[([\d,]+)\]\S* all-reduce\(", text)
+    assert [[int(n) for n in size.split(",")] for size in sizes] == [[scales.shape[0], scales.shape[1] // 4]]
+
+
+@both_kinds
 def test_eagerly_and_in_the_context_of_the_mesh(kind):
     mesh = mesh_of(kind)
     arrays = put(mesh, arrays_of(PROBLEM), (P("b", "t"), *weight_specs("t", None)))
@@ -306,6 +316,14 @@ def test_group_sizes(kind, group_size):
     y = jax.jit(jax_trirun.matmul)(*arrays)
     assert spec_of(y) == y_spec and collectives(jax_trirun.matmul, *arrays) == of_y
     assert_close(y, matmul_float64(problem.x(), problem.codes(), problem.scales()))
+
+    def of_scales(x, words, scales):
+        return jnp.sum(jnp.sin(jax_trirun.matmul(x, words, scales, out_dtype="float32")))
+
+    gradient = jax.jit(jax.grad(of_scales, 2))
+    got = gradient(*arrays)
+    assert spec_of(got) == P(one, n)
+    assert_same(got, gradient(*arrays_of(problem)), 1e-4)
 
 
 # ---- Under other transformations --------------------------------------------------------------------

@@ -139,6 +139,70 @@ def test_gradient_through_a_quant_tensor():
     assert grads.words.dtype == jax.dtypes.float0
 
 
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_gradient_of_scales_made_part_by_part(group_size, with_zeros):
+    k = 768  # parts of whole blocks and groups, or of some of one group's rows
+    problem = MatmulProblem(M, k, N, group_size, with_zeros=with_zeros, scale_magnitude=0.1)
+    x, scales, zeros = problem.x(), problem.scales(), problem.zeros()
+    words, codes = jax_trirun.pack(problem.codes()), problem.codes().astype(np.float32)
+
+    def by_rows(a):
+        return jnp.repeat(a, k // a.shape[0], axis=0)
+
+    def dense(scales):
+        return jnp.matmul(
+            x, by_rows(scales) * (codes - (by_rows(zeros) if with_zeros else 1)), precision="highest"
+        )
+
+    def packed(scales):
+        return jax_trirun.matmul(x, words, scales, zeros)
+
+    got, want = (
+        jax.grad(lambda s, f=f: jnp.sum(jnp.tanh(f(s))))(jnp.asarray(scales)) for f in (packed, dense)
+    )
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("rows", [4, 256])
+def test_gradient_of_scales_in_memory_near_the_packed_size(rows, group_size):
+    problem = MatmulProblem(rows, 2048, 1024, group_size)
+    x, scales = jnp.asarray(problem.x()), jnp.asarray(problem.scales())
+    words = jax_trirun.pack(problem.codes())
+    gradient = jax.grad(lambda scales, x, words: jnp.sum(jnp.tanh(jax_trirun.matmul(x, words, scales))))
+    temporary = jax.jit(gradient).lower(scales, x, words).compile().memory_analysis().temp_size_in_bytes
+    # y and its cotangent; a part of x.T @ y_bar (1 MB) and its codes as bytes. The dense weight has 8 MB.
+    activations = 4 * (x.nbytes + 4 * rows * 1024)
+    assert temporary < 2 * words.nbytes + 1.5 * (1 << 20) + activations
+
+
+@pytest.mark.parametrize("loop", [True, False], ids=["scan", "unrolled"])
+def test_gradients_of_many_layers_scales_never_hold_their_codes(loop):
+    layers, size = 8, 1024
+    problem = MatmulProblem(4, size, size, 128, scale_magnitude=0.05)
+    scales = jnp.stack([jnp.asarray(problem.scales())] * layers)
+    words = jnp.stack([jax_trirun.pack(problem.codes())] * layers)
+
+    def layer(x, weight):
+        return jnp.tanh(jax_trirun.matmul(x, *weight)), None
+
+    def loss(scales, words, x):
+        if loop:
+            return jnp.sum(jax.lax.scan(layer, x, (words, scales))[0])
+        for weight in zip(words, scales, strict=True):
+            x, _ = layer(x, weight)
+        return jnp.sum(x)
+
+    program = jax.jit(jax.grad(loss)).lower(scales, words, problem.x())
+    temporary = (
+        program.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False})
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
+    assert temporary < size * size * layers  # bytes of codes; half of one layer dense, for x, has 2 MB
+
+
 def test_words_need_no_gradient():
     with pytest.raises(TypeError, match="uint32"):
         jax.grad(lambda w: jnp.sum(fused(*ARGS, w)))(WORDS)
