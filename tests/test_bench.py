@@ -1,6 +1,7 @@
 """python -m jax_trirun bench: its rows, that every product is made, and its messages."""
 
 import csv
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,33 @@ def test_copies_exceed_the_cache(monkeypatch):
 def test_the_best_back_end_is_the_default():
     best = _ffi.default_platform()
     assert bench.parse_backends(None) == [best if best in _ffi.BACKENDS else "reference"]
+
+
+_MULTI = pathlib.Path(__file__).parents[1] / "bench" / "multi_gpu.py"
+
+
+def test_several_devices_beside_one(tmp_path, run_python):
+    """bench/multi_gpu.py, on CPUs: its rows, and that its programs keep their numbers finite."""
+    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    sizes = "--k 256 --n 256 --devices 1,2 --m 1,3 --layers 2 --calls 2".split()
+    path = tmp_path / "rows.csv"
+    printed = run_python(
+        program, _MULTI, *sizes, "--output", path, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2"
+    )
+    rows = rows_of(path)
+    names = ["columns", "rows", "matmuls", "block"]
+    cases = [("1", m, name) for m in "13" for name in names]
+    cases += [("2", m, name) for m in "13" for name in [*names, "all-reduce"]]
+    assert [(row["devices"], row["m"], row["program"]) for row in rows] == cases
+    for row in rows:
+        assert 0 < float(row["host_us"]) <= float(row["us_per_block"])
+        assert (row["speedup"] == "") == (row["program"] == "all-reduce")
+    assert {row["speedup"] for row in rows if row["devices"] == "1"} == {"1.00"}
+    # 2 bits and a bfloat16 for 128 of them; of 256 x 512 and 256 x 256, and of half of each
+    whole = 256 * 256 * 3 * (1 / 4 + 2 / 128)
+    of_a_block = [float(row["weight_mb_per_device"]) for row in rows if row["program"] == "block"]
+    assert of_a_block == [round(whole / 1e6, 1)] * 2 + [round(whole / 2e6, 1)] * 2
+    assert len(printed.splitlines()) == 5  # a head, and a line for each number of devices and of rows
 
 
 @pytest.mark.parametrize(
