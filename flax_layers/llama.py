@@ -21,7 +21,7 @@ Shapes: B sequences, T new tokens, S slots of the cache, H heads, D = head_dim.
 
 On several devices, every array cut along the axes of a mesh (`SHARDING_RULES` says which along which):
 
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"))          # of Explicit or of Auto axes
     model = Llama.from_weights(config, weights, mesh=mesh)    # each device is given its slices only
     flax_layers.quantize_module(model)                        # words and scales lie as the kernels did
     decoder = Decoder(model, max_length=512, batch=8)         # and so does the cache
@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +136,8 @@ class KVCache:
     Slots at and after `lengths` [B] (int32) hold leftovers: they are masked until they are written.
     """
 
+    NAMES: ClassVar = ("batch", None, "kv_heads", None)  # of the axes of keys and values
+
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
@@ -147,14 +149,19 @@ class KVCache:
         """Nothing stored yet; on the mesh of `rules`, by sequences and heads, when given."""
         rules = rules or MeshRules()
         shape = (batch, slots, config.num_kv_heads, config.head_dim)
-        rows = "batch" if batch % rules.shards("batch") == 0 else None
-        device = rules.sharding(rows, None, "kv_heads", None)
+        device = rules.sharding_of_shape(shape, *cls.NAMES)
 
         def zeros():
             return tuple(jnp.zeros(shape, dtype, device=device) for _ in range(config.num_layers))
 
-        lengths = jnp.zeros((batch,), jnp.int32, device=rules.sharding(rows))
+        lengths = jnp.zeros((batch,), jnp.int32, device=rules.sharding_of_shape((batch,), "batch"))
         return cls(keys=zeros(), values=zeros(), lengths=lengths)
+
+    def shardings(self, rules: MeshRules) -> KVCache:
+        """Those of its arrays on the mesh of `rules`, in their places."""
+        each: Any = tuple(rules.sharding_of_shape(a.shape, *self.NAMES) for a in self.keys)
+        lengths: Any = rules.sharding_of_shape(self.lengths.shape, "batch")
+        return KVCache(each, each, lengths)
 
     @property
     def slots(self) -> int:
@@ -272,6 +279,30 @@ class Block(nnx.Module):
         return self.rules.constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, "embed"), kv
 
 
+def _partitioned(shardings: Callable[..., Any]) -> Callable[[Callable], Callable]:
+    """A function of a model and of arrays whose inside XLA partitions, on Explicit axes as on Auto ones.
+
+    Args:
+      shardings: (model, *arrays) -> those of the results, for their types.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(model: Llama, *arrays: Any) -> Any:
+            if not model.rules.has_types:
+                return function(model, *arrays)
+            graph, state = nnx.split(model)
+            compute = model.rules.with_auto_axes(
+                lambda state, *arrays: function(nnx.merge(graph, state), *arrays),
+                shardings(model, *arrays),
+            )
+            return compute(state, *arrays)
+
+        return call
+
+    return decorate
+
+
 def _run_again_in_backward(block: Block, *arguments: Any) -> Any:
     graph, state = nnx.split(block)  # nnx.remat would also want to write what a block never writes
     return jax.checkpoint(lambda state, *arguments: nnx.merge(graph, state)(*arguments))(state, *arguments)
@@ -300,12 +331,12 @@ class Llama(nnx.Module):
         """A decoder with random weights, on the devices of a mesh when one is given.
 
         Args:
-          mesh: its axes Auto. Of those that `sharding_rules` name it may lack some: a mesh of "tensor"
-            alone is tensor parallel, one of "data" alone batch parallel.
+          mesh: its axes Explicit (what jax.make_mesh makes) or Auto. Of those that `sharding_rules` name it
+            may lack some: a mesh of "tensor" alone is tensor parallel, one of "data" alone batch parallel.
           sharding_rules: (name of an array's axis, mesh axis or None) pairs. What the mesh does not
             divide (3 heads among 2 devices) is held whole by every device, and a warning says so.
         Raises:
-          ValueError: the mesh has axes that are not Auto.
+          TypeError, ValueError: what is given for a mesh is none, or has Manual axes.
         """
         rules = MeshRules(mesh, tuple((name, axis) for name, axis in sharding_rules)).fitted(
             {
@@ -376,6 +407,12 @@ class Llama(nnx.Module):
         ]
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
+    @_partitioned(
+        lambda model, tokens, cache=None: (
+            model.rules.sharding_of_shape((*tokens.shape, model.config.hidden_size), "batch", None, "embed"),
+            None if cache is None else cache.shardings(model.rules),
+        )
+    )
     def hidden(self, tokens, cache: KVCache | None = None):
         """tokens [B, T] -> (last hidden states [B, T, hidden], the cache with T tokens more or None).
 
@@ -393,16 +430,22 @@ class Llama(nnx.Module):
             stored.append(kv)
         if cache is not None:
             keys, values = (
-                tuple(self.rules.constrain(a, "batch", None, "kv_heads", None) for a in arrays)
+                tuple(self.rules.constrain(a, *KVCache.NAMES) for a in arrays)
                 for arrays in zip(*stored, strict=True)
             )
             cache = KVCache(keys, values, cache.lengths + tokens.shape[1])
         return self.norm(x), cache
 
+    @_partitioned(lambda model, hidden: model.logits_sharding(hidden.shape[:-1]))
     def logits(self, hidden):
         """hidden [..., hidden_size] -> float32 scores of the next token [..., vocab_size]."""
         scores = self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
         return scores.astype(jnp.float32)
+
+    def logits_sharding(self, rows: Sequence[int]):
+        """That of logits [*rows, vocab] on the model's mesh; None without one."""
+        shape = (*rows, self.config.vocab_size)
+        return self.rules.sharding_of_shape(shape, "batch", *[None] * (len(rows) - 1), "vocab")
 
     def __call__(self, tokens, cache: KVCache | None = None):
         """tokens [B, T] int -> logits [B, T, vocab] float32, and the new cache if one was given."""
@@ -422,6 +465,7 @@ def _sample_nth(logits, key, i, temperature):
     return sample(logits, jax.random.fold_in(key, i), temperature)
 
 
+@_partitioned(lambda model, tokens: model.rules.sharding_of_shape(tokens[:, 1:].shape, "batch", None))
 def token_losses(model: Llama, tokens: Any) -> jax.Array:
     """-log p(token t | tokens before t) for t = 1 .. T - 1, float32 [B, T - 1], of tokens [B, T]."""
     logits = model(tokens)[:, :-1]
@@ -470,19 +514,26 @@ class Decoder:
         def rebuild(weights) -> Llama:
             return nnx.merge(graph, jax.tree.unflatten(tree, weights))
 
-        def prefill(weights, cache, tokens, lengths):
-            model = rebuild(weights)
+        def shardings(model, cache, tokens, *_):
+            return model.logits_sharding(tokens.shape[:1]), cache.shardings(model.rules)
+
+        @_partitioned(shardings)
+        def prefill(model, cache, tokens, lengths):
             hidden, cache = model.hidden(tokens, cache)
             last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
             return model.logits(last), dataclasses.replace(cache, lengths=lengths)
 
-        def step(weights, cache, tokens):
-            model = rebuild(weights)
+        @_partitioned(shardings)
+        def step(model, cache, tokens):
             hidden, cache = model.hidden(tokens[:, None], cache)
             return model.logits(hidden[:, 0]), cache
 
-        self._prefill = jax.jit(prefill, donate_argnums=1)
-        self._step = jax.jit(step, donate_argnums=1)
+        def compiled(function):
+            return jax.jit(
+                lambda weights, cache, *arrays: function(rebuild(weights), cache, *arrays), donate_argnums=1
+            )
+
+        self._prefill, self._step = compiled(prefill), compiled(step)
 
     def prefill(self, prompts: Sequence[Sequence[int]] | np.ndarray) -> tuple[jax.Array, KVCache]:
         """Reads `batch` prompts, of any lengths, into a new cache.

@@ -18,14 +18,14 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from flax.core import spmd
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_trirun import QuantTensor
 from jax_trirun.layout import layout
@@ -161,24 +161,30 @@ class MeshRules:
     """Along which axes of a mesh the named axes of a model's arrays lie.
 
     Attributes:
-        mesh: with Auto axes; None for a model on one device, whose arrays are then left alone.
+        mesh: with Auto or Explicit axes; None for a model on one device, whose arrays are then left alone.
         axes: (name, mesh axis, tuple of mesh axes, or None) pairs; names that are missing lie along none,
             and so do those whose mesh axes this mesh has not.
 
     Raises:
-        ValueError: the mesh has axes that are not Auto.
+        TypeError: mesh is no ``jax.sharding.Mesh``. ValueError: it has Manual axes.
     """
 
     mesh: jax.sharding.Mesh | None = None
     axes: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.mesh is None or self.mesh.are_all_axes_auto:
+        if self.mesh is None:
             return
-        raise ValueError(
-            f"the mesh's axes must be Auto, got {self.mesh}; make it with jax.make_mesh(sizes, names, "
-            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
+        if not isinstance(self.mesh, jax.sharding.Mesh):
+            raise TypeError(
+                f"mesh must be a jax.sharding.Mesh, which says where its devices are, got "
+                f"{type(self.mesh).__name__}; make it with jax.make_mesh(sizes, names)"
+            )
+        if AxisType.Manual in self.mesh.axis_types:
+            raise ValueError(
+                f"the mesh's axes must be Auto or Explicit, got {self.mesh}; inside jax.shard_map give each "
+                "device a model of its part instead"
+            )
 
     def along(self, name: str | None) -> Any:
         """The mesh axis, or axes, of a named axis; None when it is whole on every device."""
@@ -218,15 +224,47 @@ class MeshRules:
             return {}
         return {"out_sharding": tuple(self.along(name) for name in names), "mesh": self.mesh}
 
+    def sharding_of_shape(self, shape: Sequence[int], *names: str | None) -> NamedSharding | None:
+        """The same for a shape: an axis that the mesh does not divide is left whole, and so is one whose mesh
+        axis an earlier one lies along."""
+        fitting: list[str | None] = []
+        for name, size in zip(names, shape, strict=True):
+            taken = {axis for n in fitting for axis in self._axes_along(n)}
+            fits = name is not None and size % self.shards(name) == 0
+            fitting.append(name if fits and not taken & set(self._axes_along(name)) else None)
+        return self.sharding(*fitting)
+
+    def _axes_along(self, name: str | None) -> tuple[str, ...]:
+        axes = self.along(name)
+        return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """x, told to the compiler to lie so. An axis that the mesh does not divide is left whole."""
-        if self.mesh is None:
+        sharding = self.sharding_of_shape(x.shape, *names)
+        if sharding is None:
             return x
-        fitting = [
-            n if n is not None and size % self.shards(n) == 0 else None
-            for n, size in zip(names, x.shape, strict=True)
-        ]
-        return jax.lax.with_sharding_constraint(x, self.sharding(*fitting))
+        # Where Explicit axes are taken as Auto ones, the context has them so, and the mesh has not.
+        return jax.lax.with_sharding_constraint(x, sharding.spec if self._explicit() else sharding)
+
+    @property
+    def has_types(self) -> bool:
+        """Whether here, where this is asked, types of arrays have Explicit axes of the mesh in them."""
+        context = jax.sharding.get_abstract_mesh()
+        return bool(self._explicit()) and (context.empty or AxisType.Explicit in context.axis_types)
+
+    def with_auto_axes(self, function: Callable[..., Any], out: Any) -> Callable[..., Any]:
+        """The function of arrays, in which Explicit axes are Auto ones: XLA partitions what is inside.
+
+        Args:
+            out: the ``NamedSharding`` of each result, whose types then have it.
+        """
+        return jax.sharding.auto_axes(function, axes=self._explicit(), out_sharding=out)
+
+    def _explicit(self) -> tuple[str, ...]:
+        if self.mesh is None:
+            return ()
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return tuple(name for name, kind in types if kind == AxisType.Explicit)
 
 
 def sharding_of(variable: Any) -> NamedSharding | None:

@@ -301,9 +301,9 @@ WEIGHTS = random_weights(CONFIG)
 
 
 @functools.cache
-def decoder(shape=None):
+def decoder(shape=None, kind=AxisType.Auto):
     """On one device, or on a mesh of that shape. Not to be changed."""
-    return quantised(CONFIG, WEIGHTS, None if shape is None else mesh_of(shape=shape))
+    return quantised(CONFIG, WEIGHTS, None if shape is None else mesh_of(kind, shape))
 
 
 def quantised(config, weights, mesh, **options):
@@ -317,14 +317,16 @@ def logits():
     return np.asarray(run(decoder(), TOKENS))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
-def test_a_decoder_on_a_mesh_has_the_logits_of_one_device(shape):
-    close(run(decoder(shape), TOKENS), logits())
+def test_a_decoder_on_a_mesh_has_the_logits_of_one_device(shape, kind):
+    close(run(decoder(shape, kind), TOKENS), logits())
 
 
-def test_decoding_on_a_mesh_gives_the_logits_of_one_device():
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_on_a_mesh_gives_the_logits_of_one_device(kind):
     prompts = [row[:n] for row, n in zip(TOKENS, (5, 3, 9, 12), strict=True)]
-    one, many = (Decoder(decoder(shape), max_length=32, batch=4) for shape in (None, (2, 4)))
+    one, many = (Decoder(m, max_length=32, batch=4) for m in (decoder(), decoder((2, 4), kind)))
     (wanted, old), (got, cache) = one.prefill(prompts), many.prefill(prompts)
     close(got, wanted)
     for column in TOKENS.T[:3]:
@@ -370,9 +372,31 @@ def test_other_rules_and_names():
     close(run(model, TOKENS), logits())
 
 
-def test_explicit_axes_are_refused():
-    with pytest.raises(ValueError, match=r"axes must be Auto, .*axis_types="):
-        Llama(CONFIG, mesh=mesh_of(AxisType.Explicit), rngs=nnx.Rngs(0))
+def test_on_explicit_axes_types_say_how_arrays_lie():
+    """In the context of the mesh or not; what XLA does inside is the same as on Auto axes."""
+    mesh, model = mesh_of(AxisType.Explicit), decoder((2, 4), AxisType.Explicit)
+    tokens = put(TOKENS, mesh, "data", None)
+    with jax.set_mesh(mesh):
+        scores = model(tokens)
+        assert jax.typeof(scores).sharding.spec == P("data", None, "tensor")
+        close(scores, logits())
+        losses = nnx.jit(token_losses)(model, tokens)
+        assert jax.typeof(losses).sharding.spec == P("data", None)
+    close(losses, token_losses(decoder(), TOKENS))
+    close(run(decoder((2, 4), AxisType.Explicit), TOKENS[:3]), logits()[:3])
+
+    one, many = (Decoder(m, max_length=32) for m in (decoder(), model))
+    options = {"max_new_tokens": 4, "temperature": 0.7, "seed": 1}
+    assert list(many.generate([1, 2, 3], **options)) == list(one.generate([1, 2, 3], **options))
+
+
+def test_what_is_no_mesh_is_refused():
+    with pytest.raises(
+        TypeError, match=r"mesh must be a jax.sharding.Mesh, .* got AbstractMesh; make it with"
+    ):
+        Llama(CONFIG, mesh=mesh_of().abstract_mesh, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"axes must be Auto or Explicit, got .*; inside jax.shard_map"):
+        Llama(CONFIG, mesh=mesh_of(AxisType.Manual), rngs=nnx.Rngs(0))
 
 
 class Recorded:
@@ -414,7 +438,8 @@ def test_a_packed_file_is_loaded_onto_the_mesh(tmp_path):
     close(run(loaded, TOKENS), logits())
 
 
-def test_training_low_rank_terms_on_a_mesh_gives_the_gradients_of_one_device():
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_low_rank_terms_on_a_mesh_gives_the_gradients_of_one_device(kind):
     def gradients(model):
         normal = nnx.initializers.normal(0.1)
         flax_layers.add_lora(model, rank=2, b_initializer=normal, where="mlp", rngs=nnx.Rngs(0))
@@ -426,7 +451,7 @@ def test_training_low_rank_terms_on_a_mesh_gives_the_gradients_of_one_device():
 
         return nnx.to_flat_state(of(model, TOKENS))
 
-    model = nnx.clone(decoder((2, 4)))
+    model = nnx.clone(decoder((2, 4), kind))
     for (_, got), (_, wanted) in zip(gradients(model), gradients(nnx.clone(decoder())), strict=True):
         close(got[...], wanted[...], 1e-4)
     terms = model.layers[0].mlp.down_proj.lora
