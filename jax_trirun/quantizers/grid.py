@@ -79,3 +79,13 @@ def covering_scales(grouped: jax.Array, span: tuple[int, int], *, signed: bool =
     upright = jnp.maximum(jnp.maximum(top / high, bottom / low), 0)
     turned = jnp.maximum(jnp.maximum(top / -low, bottom / -high), 0)
     return jnp.where(upright <= turned, upright, -turned) if signed else upright
+
+
+def farthest_scales(grouped: jax.Array, span: tuple[int, int]) -> jax.Array:
+    """The scale that puts the weight of largest magnitude on the level farthest from zero, 2 for 2 bits.
+
+    GGML's convention for its symmetric types (Q4_0: the largest weight over -8). Weights of the other
+    sign are clipped where they are larger than the short side of the grid: float32 [..., groups, N].
+    """
+    top, bottom = jnp.max(grouped, axis=-2), jnp.min(grouped, axis=-2)
+    return jnp.where(top >= -bottom, top, bottom) / max(span, key=abs)

@@ -6,17 +6,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .grid import codes_of, covering_scales, levels, nearest_levels, split_groups, squared_error, stored
+from .grid import (
+    codes_of,
+    covering_scales,
+    farthest_scales,
+    levels,
+    nearest_levels,
+    split_groups,
+    squared_error,
+    stored,
+)
 
 
 @partial(jax.jit, static_argnames=("group_size", "scale_dtype", "bits", "candidates", "refine"))
 def mse(
     w: jax.Array, group_size: int, scale_dtype: Any, *, bits: int = 2, candidates: int = 24, refine: int = 2
 ):
-    """The best scale of ``2 * candidates + 1``, then polished by least squares.
+    """The best scale of ``2 * candidates + 2``, then polished by least squares.
 
-    The first candidate is round-to-nearest's own scale, so no group ends with a larger error than there.
-    The others are ``candidate_sizes``, with both signs. Each is rounded to ``scale_dtype`` before it is
+    The first two are those that round-to-nearest chooses from, so no group ends with a larger error than
+    there. The others are ``candidate_sizes``, with both signs. Each is rounded to ``scale_dtype`` before it is
     tried, so what is compared is what will be stored.
 
     Args:
@@ -81,6 +90,8 @@ def search(
 
     first = stored(covering_scales(grouped, span, signed=signed), scale_dtype)
     best = squared_error(grouped, first, span, importance), first
+    if signed:
+        best = keep_better(best, farthest_scales(grouped, span))
     best = jax.lax.fori_loop(0, candidates, try_size, best)
     return jax.lax.fori_loop(0, refine, try_least_squares, best)[1]
 
