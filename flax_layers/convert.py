@@ -18,6 +18,7 @@ from jax_trirun.types import check_group_size
 
 from .general import QuantDenseGeneral, kernel_matrix
 from .linen import variables_of
+from .partitioning import merged_names
 from .quant_dense import QuantDense, QuantParam
 
 # Embeddings are looked up, norms are vectors, and the head decides every token: 2 bits cost most there.
@@ -174,6 +175,7 @@ def quantize_params(
     include: Patterns | None = None,
     exclude: Patterns = DEFAULT_EXCLUDE,
     stacked: Patterns | None = None,
+    general: Mapping[str, tuple[int, int]] | None = None,
     method: str = "mse",
     group_size: int | str = 128,
     scale_dtype: Any = None,
@@ -187,13 +189,20 @@ def quantize_params(
     Run the result with the same model, ``nn.Dense`` replaced by ``flax_layers.linen.QuantDense``, or as
     it is under ``flax_layers.linen.quantized()``.
 
+    Example:
+        >>> general = {r"(query|key|value)$": (1, 2), r"out$": (2, 1)}  # nn.MultiHeadDotProductAttention's
+        >>> params, quant, report = flax_layers.quantize_params(params, general=general)
+
     Args:
         params: nested dicts, ``variables["params"]``; itself left as it is. A kernel in a box with axis
             names (``nn.Partitioned``) gives words and scales in such boxes.
         include: regular expressions searched for in paths ("layers_0/mlp/up"); None means all.
         exclude: the same; they win. Embeddings, norms and heads unless given.
         stacked: the same, for modules whose kernel has leading layer axes [L, K, N] (``nn.scan``). Other
-            kernels with more than two axes (convolutions, DenseGeneral) are skipped.
+            kernels with more than two axes (convolutions, say) are skipped.
+        general: {regular expression: (how many input axes, how many output axes)}, the first that is found in a
+            path, for ``nn.DenseGeneral``: its kernel has those axes last, and is quantised as [K, N] with K
+            and N their products. Axes before them count layers. Run such models under ``quantized()``.
         method, scale_dtype, bits, **options: as ``jax_trirun.quantize``.
         group_size: 32, 64, 128, -1, or "auto": the largest of 128, 64, 32 that divides a kernel's K.
         donate: delete each float kernel's buffer once its packed form exists; ``params`` cannot be used
@@ -205,7 +214,8 @@ def quantize_params(
         zeros, bias), and a Report.
 
     Raises:
-        ValueError: a group size does not fit a kernel (named in the message), or nothing matched.
+        ValueError: a group size does not fit a kernel (named in the message), a kernel has fewer axes than
+            general says, or nothing matched.
         TypeError: params is no mapping. Others: as ``jax_trirun.quantize``.
     """
     if not isinstance(params, Mapping):
@@ -215,26 +225,37 @@ def quantize_params(
         )
     choose = _Chooser("quantize_params", include, exclude, group_size)
     layered = _compile("quantize_params", "stacked", stacked or ())
+    several = _compile_general(general or {})
     plan = []
     for path, leaves in _modules(params):
         name, kernel = "/".join(path), linen.unbox(leaves.get("kernel"))
+        sides = next((axes for pattern, axes in several if pattern.search(name)), (1, 1))
         if kernel is None:
             reason = f"has {', '.join(sorted(leaves))}, but no kernel"
-        elif kernel.ndim != 2 and not (kernel.ndim > 2 and _matches(layered, name)):
+        elif sides == (1, 1) and kernel.ndim != 2 and not (kernel.ndim > 2 and _matches(layered, name)):
             reason = (
-                f"its kernel has {kernel.ndim} axes; name it in stacked= if the leading ones count layers"
+                f"its kernel has {kernel.ndim} axes; name it in stacked= if the leading ones count layers, in "
+                "general= if it has several input or output axes"
+            )
+        elif sides != (1, 1) and kernel.ndim < sum(sides):
+            raise ValueError(
+                f"{name}: quantize_params: general says {sides[0]} input and {sides[1]} output axes, but the kernel "
+                f"has shape {kernel.shape}"
             )
         else:
             reason = ""
-        if (size := choose(name, getattr(kernel, "shape", ()), reason)) is not None:
-            plan.append((path, size))
+        shape = () if reason else _merged_shape(kernel.shape, sides)
+        if (size := choose(name, shape, reason)) is not None:
+            plan.append((path, size, sides))
     choose.check_any(plan)
     left, rows = _copy(params), []
     quant: dict[str, Any] = {}
-    for path, size in _progress(plan, progress):
+    for path, size, sides in _progress(plan, progress):
         start, name = time.perf_counter(), "/".join(path)
         leaves = _descend(left, path)
         boxed, bias = leaves.pop("kernel"), leaves.pop("bias", None)
+        original = linen.unbox(boxed)
+        boxed, bias = _merged(boxed, sides), _merged(bias, sides[1:])
         kernel = jnp.asarray(linen.unbox(boxed))
         with _naming(name):
             weight = jax_trirun.quantize(
@@ -244,9 +265,46 @@ def quantize_params(
         _descend(quant, path).update(variables_of(weight, bias, like=boxed))
         if donate:
             jax.block_until_ready(weight)
-            kernel.delete()
-        del kernel, boxed
+            for array in (kernel, original):
+                if isinstance(array, jax.Array) and not array.is_deleted():
+                    array.delete()
+        del kernel, boxed, original
     return _prune(left), quant, Report(rows, choose.skipped)
+
+
+def _compile_general(general: Mapping[str, tuple[int, int]]) -> list[tuple[re.Pattern[str], tuple[int, int]]]:
+    compiled = []
+    for text, axes in general.items():
+        (pattern,) = _compile("quantize_params", "general", text)
+        counts = tuple(axes) if isinstance(axes, Sequence) else ()
+        if len(counts) != 2 or not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError(
+                "quantize_params: general must say (how many input axes, how many output axes), such as (1, 2), for "
+                f"each regular expression, got {axes!r} for {text!r}"
+            )
+        compiled.append((pattern, counts))
+    return compiled
+
+
+def _merged_shape(shape: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
+    """With the last axes merged, ``sides`` of them at a time."""
+    start = len(shape) - sum(sides)
+    merged = list(shape[:start])
+    for count in sides:
+        merged.append(math.prod(shape[start : start + count]))
+        start += count
+    return tuple(merged)
+
+
+def _merged(array: Any, sides: Sequence[int]) -> Any:
+    """The same for an array, in a box with names of its axes or not."""
+    if array is None or all(count == 1 for count in sides):
+        return array
+    value = jnp.asarray(linen.unbox(array))
+    merged = value.reshape(_merged_shape(value.shape, sides))
+    if not isinstance(array, linen.Partitioned):
+        return merged
+    return array.replace(value=merged, names=merged_names(array.names, value.ndim, sides))
 
 
 class _Chooser:

@@ -1,6 +1,7 @@
 """QuantDenseGeneral for Flax nnx: nnx.LinearGeneral with a packed, frozen weight."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 import jax_trirun
 from jax_trirun import QuantTensor
 
-from .partitioning import metadata_of
+from .partitioning import merged_names, metadata_of
 from .quant_dense import QuantDense
 
 
@@ -101,17 +102,23 @@ class QuantDenseGeneral(nnx.Module):
         Raises:
             ValueError: the inputs have other sizes along axis.
         """
-        axes = sorted(a % inputs.ndim for a in self.axis)
-        got = tuple(inputs.shape[a] for a in axes)
+        x, got = contracted_last(inputs, self.axis)
         if got != self.in_features:
             raise ValueError(
                 f"QuantDenseGeneral: inputs must have sizes {self.in_features} along axes {self.axis}, got {got} "
                 f"in shape {inputs.shape}"
             )
-        x = jnp.moveaxis(inputs, axes, range(inputs.ndim - len(axes), inputs.ndim))
-        lead = x.shape[: x.ndim - len(axes)]
-        y = self.dense(x.reshape(*lead, -1)).reshape(*lead, *self.out_features)
+        y = self.dense(x)
+        y = y.reshape(*y.shape[:-1], *self.out_features)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+def contracted_last(inputs: jax.Array, axis: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
+    """(inputs [..., K] with the axes of ``axis`` merged, in their order, to the last; the sizes they had)."""
+    axes = sorted(a % inputs.ndim for a in axis)
+    sizes = tuple(inputs.shape[a] for a in axes)
+    x = jnp.moveaxis(inputs, axes, range(inputs.ndim - len(axes), inputs.ndim))
+    return x.reshape(*x.shape[: x.ndim - len(axes)], math.prod(sizes)), sizes
 
 
 def kernel_matrix(linear: nnx.LinearGeneral) -> jax.Array:
@@ -122,14 +129,6 @@ def kernel_matrix(linear: nnx.LinearGeneral) -> jax.Array:
 
 
 def _flattened(metadata: dict[str, Any], ndim: int, sides: tuple[int, ...]) -> dict[str, Any]:
-    """Metadata of an array whose last axes are merged, ``sides`` of them at a time; a merged axis is named
-    as its first."""
     if "out_sharding" not in metadata:
         return metadata
-    names = (*metadata["out_sharding"], *[None] * (ndim - len(metadata["out_sharding"])))
-    start = ndim - sum(sides)
-    merged = list(names[:start])
-    for count in sides:
-        merged.append(names[start])
-        start += count
-    return metadata | {"out_sharding": tuple(merged)}
+    return metadata | {"out_sharding": merged_names(metadata["out_sharding"], ndim, sides)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ import jax_trirun
 from jax_trirun import QuantTensor
 from jax_trirun.layout import zero_point
 
+from .general import contracted_last
 from .partitioning import names_of_parts
 
 COLLECTION = "quant"
@@ -128,7 +130,7 @@ class QuantDense(nn.Module):
         )
         y = _apply(inputs, weight, arrays.get("bias"), self.dtype, self.promote_dtype)
         if self.lora_rank:
-            y += _lora(self, inputs, self.lora_rank, self.lora_alpha).astype(y.dtype)
+            y += _lora(self, inputs, self.features, self.lora_rank, self.lora_alpha).astype(y.dtype)
         return y
 
     def _names(self) -> list[str]:
@@ -179,9 +181,9 @@ def variables_of(weight: QuantTensor, bias: Any = None, *, like: Any = None) -> 
 def quantized(
     *, bits: int = 2, lora_rank: int = 0, lora_alpha: float | None = None, lora_where: str = ""
 ) -> Iterator[None]:
-    """Within this context every ``nn.Dense`` that has variables in "quant" uses them, not its kernel.
+    """Within this context each ``nn.Dense`` or ``nn.DenseGeneral`` with variables in "quant" uses them, not its kernel.
 
-    So a model written with ``nn.Dense`` runs on the result of ``quantize_params`` as it is.
+    So a model written with these runs on the result of ``quantize_params`` as it is.
 
     Example:
         >>> params, quant, report = flax_layers.quantize_params(params)
@@ -204,26 +206,29 @@ def quantized(
 
     def intercept(next_function, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__" or not isinstance(module, nn.Dense):
+        if context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.DenseGeneral):
             return next_function(*args, **kwargs)
         if module.scope is None or not module.has_variable(COLLECTION, "words"):
             return next_function(*args, **kwargs)
         inputs: Any = args[0] if args else kwargs["inputs"]
         names = ("words", "scales", "zeros", "bias")
         arrays: dict[str, Any] = {name: nn.unbox(module.get_variable(COLLECTION, name)) for name in names}
-        k, groups = inputs.shape[-1], arrays["scales"].shape[-2]
+        features = (module.features,) if isinstance(module.features, int) else tuple(module.features)
+        axis = getattr(module, "axis", -1)
+        inputs, _ = contracted_last(jnp.asarray(inputs), (axis,) if isinstance(axis, int) else axis)
+        k, n, groups = inputs.shape[-1], math.prod(features), arrays["scales"].shape[-2]
         weight = QuantTensor(
             arrays["words"],
             arrays["scales"],
             arrays["zeros"],
-            shape=(k, module.features),
+            shape=(k, n),
             group_size=-1 if groups == 1 else k // groups,
             bits=bits,
         )
         y = _apply(inputs, weight, arrays["bias"], module.dtype, module.promote_dtype)
         if lora_rank and where.search("/".join(module.path)):
-            y += _lora(module, inputs, lora_rank, lora_alpha).astype(y.dtype)
-        return y
+            y += _lora(module, inputs, n, lora_rank, lora_alpha).astype(y.dtype)
+        return y.reshape(*y.shape[:-1], *features)
 
     with nn.intercept_methods(intercept):
         yield
@@ -236,9 +241,9 @@ def _apply(inputs: Any, weight: QuantTensor, bias: Any, dtype: Any, promote: Any
     return y if bias is None else y + bias
 
 
-def _lora(module: nn.Module, inputs: Any, rank: int, alpha: float | None) -> jax.Array:
+def _lora(module: Any, inputs: Any, n: int, rank: int, alpha: float | None) -> jax.Array:
     """alpha / rank * (inputs @ lora_a) @ lora_b, of variables of ``module`` that are drawn when missing."""
-    k, n = jnp.shape(inputs)[-1], module.features
+    k = jnp.shape(inputs)[-1]
     for name in ("lora_a", "lora_b"):
         if not (module.has_variable(LORA_COLLECTION, name) or module.is_mutable_collection(LORA_COLLECTION)):
             raise ValueError(

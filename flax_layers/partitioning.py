@@ -64,6 +64,18 @@ def names_of_parts(
     return {"words": (*lead, along_k, along_n, None), "scales": scales, "zeros": scales}
 
 
+def merged_names(names: Sequence[Any], ndim: int, sides: Sequence[int]) -> Names:
+    """Names for an array whose last axes are merged, ``sides`` of them at a time; a merged axis is named as its
+    first, as the others are inside the rows or columns that a device holds."""
+    names = (*names, *[None] * (ndim - len(names)))
+    start = ndim - sum(sides)
+    merged = list(names[:start])
+    for count in sides:
+        merged.append(names[start])
+        start += count
+    return tuple(merged)
+
+
 def _whole_unless_fits(name: Any, axis: str, size: int, unit: int, mesh: Any, rules: Any, where: str) -> Any:
     count = shards(name, mesh, rules)
     if count == 1 or size % (count * unit) == 0:

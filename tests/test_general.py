@@ -1,14 +1,17 @@
-"""QuantDenseGeneral, and Flax's attention made of it, against the same layers with the dequantised weight."""
+"""Layers with several input or output axes, and Flax's attention made of them, nnx and Linen, against the same
+layers with the dequantised weight."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import flax_layers
 import jax_trirun
-from flax_layers import QuantDenseGeneral
+from flax_layers import QuantDenseGeneral, quantize_params
+from flax_layers.linen import quantized
 
 RNG = np.random.default_rng(0)
 SHAPES = {  # in_features, out_features, axis, shape of the inputs
@@ -111,3 +114,93 @@ def test_what_does_not_fit_says_so():
 
     report = flax_layers.quantize_module(Model(), method="rtn")
     assert report.skipped == {"batched": "has batch axes", "own": "has a dot_general of its own"}
+
+
+# ---- Linen -------------------------------------------------------------------------------------------
+
+GENERAL = {r"(query|key|value)$": (1, 2), r"out$": (2, 1)}  # nn.MultiHeadDotProductAttention's
+
+
+def dense_again(params, quant):
+    """The float parameters with the weights that "quant" holds."""
+    params = jax.tree.map(lambda a: a, params)
+    for name, arrays in quant.items():
+        kernel = params[name]["kernel"]
+        k = arrays["scales"].shape[-2] * 32
+        shape = (k, kernel.size // k)
+        dense = jax_trirun.dequantize(arrays["words"], arrays["scales"], shape=shape)
+        params[name]["kernel"] = dense.reshape(kernel.shape)
+    return params
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
+def test_linen_dense_general(case, use_bias):
+    in_features, out_features, axis, shape = case
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.DenseGeneral(
+                out_features, axis=axis, use_bias=use_bias, bias_init=nn.initializers.normal(), name="layer"
+            )(x)
+
+    x = RNG.normal(size=shape).astype(np.float32)
+    params = Model().init(jax.random.key(0), x)["params"]
+    sides = tuple(1 if isinstance(sizes, int) else len(sizes) for sizes in (in_features, out_features))
+    left, quant, _ = quantize_params(params, general={"layer": sides}, group_size=32)
+    assert left == {}
+    wanted = Model().apply({"params": dense_again(params, quant)}, x)
+    with quantized():
+        got = jax.jit(Model().apply)({"params": left, "quant": quant}, x)
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_linen_attention_is_quantised_and_trained_around():
+    model = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=128)
+    x = RNG.normal(size=(2, 6, 128)).astype(np.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    left, quant, report = quantize_params(params, general=GENERAL, group_size=32, method="rtn")
+    assert {row.name: row.shape for row in report.rows} == dict.fromkeys(
+        ("query", "key", "value", "out"), (128, 128)
+    )
+    wanted = model.apply({"params": dense_again(params, quant)}, x)
+    with quantized(lora_rank=2, lora_where="query|out"):
+        variables = {"params": left, "quant": quant}
+        got, new = model.apply(variables, x, mutable="lora", rngs={"lora": jax.random.key(1)})
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        gradients = jax.grad(lambda lora: jnp.sum(model.apply({**variables, "lora": lora}, x) ** 2))(
+            new["lora"]
+        )
+    assert set(gradients) == {"query", "out"}
+    assert float(jnp.abs(gradients["out"]["lora_b"]).max()) > 0
+
+
+def test_linen_axis_names_and_layers_stay():
+    boxed = nn.Partitioned(
+        jnp.asarray(RNG.normal(size=(3, 64, 4, 32)), jnp.float32), (None, "embed", "heads", "kv")
+    )
+    bias = nn.Partitioned(jnp.ones((3, 4, 32)), (None, "heads", "kv"))
+    params = {"query": {"kernel": boxed, "bias": bias}}
+    _, quant, report = quantize_params(params, general=GENERAL, group_size=32, donate=True)
+    assert report.rows[0].shape == (3, 64, 128) and boxed.value.is_deleted()
+    names = {name: box.names for name, box in quant["query"].items()}
+    assert names == {
+        "words": (None, "embed", "heads", None),
+        "scales": (None, "embed", "heads"),
+        "bias": (None, "heads"),
+    }
+    assert quant["query"]["bias"].value.shape == (3, 128)
+
+
+def test_linen_what_does_not_fit_says_so():
+    kernel = {"query": {"kernel": np.ones((64, 4, 32), np.float32)}}
+    with pytest.raises(ValueError, match=r"query: its kernel has 3 axes; .* in general= if it has several"):
+        quantize_params(kernel)
+    with pytest.raises(
+        ValueError, match=r"query: .* 2 input and 2 output axes, but the kernel has shape \(64, 4, 32\)"
+    ):
+        quantize_params(kernel, general={"query": (2, 2)})
+    with pytest.raises(ValueError, match=r"such as \(1, 2\), for each regular expression, got 2 for 'query'"):
+        quantize_params(kernel, general={"query": 2})
