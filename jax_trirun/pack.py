@@ -13,6 +13,7 @@ from . import _ffi
 from .layout import layout
 from .partition import (
     blocks_on_explicit_mesh,
+    by_mapped_shards,
     can_call_back,
     explicit_mesh,
     lower_partitioned,
@@ -153,10 +154,10 @@ def _elementwise_over_leading_axes(
         function = parts if can_call_back(name, ctx) else partial(call.bind, **params)
         return mlir.lower_fun(function, multiple_results=False)(ctx, operand)
 
-    def batch(args, dims, **params):
-        return primitive.bind(jnp.moveaxis(args[0], dims[0], 0), **params), 0
+    def batch(args, _, **params):  # the mapped axis comes first
+        return primitive.bind(*args, **params), 0
 
-    batching.primitive_batchers[primitive] = batch
+    batching.primitive_batchers[primitive] = by_mapped_shards(batch)
     lower_partitioned(primitive, lower_parts)
     mlir.register_lowering(call, mlir.lower_fun(reference, multiple_results=False))
     mlir.register_lowering(call, lower_ffi, platform="cpu")

@@ -543,7 +543,7 @@ def explicit_mesh(where: str, *arrays: Any) -> Any | None:
     """The mesh that the arrays' types name, if it has Explicit axes; None if there is none.
 
     Raises:
-        ValueError: arrays live on different meshes.
+        ValueError: arrays live on different meshes, or one was put on other devices than the mesh's.
     """
     meshes = [m for a in arrays if a is not None and not (m := jax.typeof(a).sharding.mesh).empty]
     explicit = [m for m in meshes if AxisType.Explicit in m.axis_types]
@@ -553,7 +553,18 @@ def explicit_mesh(where: str, *arrays: Any) -> Any | None:
                 f"{where}: all arrays must be on one mesh, got {explicit[0]} and {mesh}; "
                 "move them with jax.device_put or jax.sharding.reshard"
             )
-    return explicit[0] if explicit else None
+    if not explicit:
+        return None
+    for array in arrays:
+        elsewhere = (
+            isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.committed
+        )
+        if elsewhere and array.sharding.num_devices != explicit[0].size:
+            raise ValueError(
+                f"{where}: all arrays must be on one mesh, got {explicit[0]} and an array {array.shape} on "
+                f"{array.sharding}; move it with jax.device_put(array, NamedSharding(mesh, PartitionSpec()))"
+            )
+    return explicit[0]
 
 
 def _array_axes(array: Any) -> tuple[Axes, ...]:
@@ -605,3 +616,29 @@ def _on_parts(
         # Keep no values from the inner shard_map for the backward pass: JAX gets their shapes wrong there.
         names, part = {"axis_names": explicit}, jax.checkpoint(part)
     return jax.shard_map(part, mesh=mesh, in_specs=tuple(specs), out_specs=result, **names)(*operands)
+
+
+def by_mapped_shards(rule: Callable) -> Callable:
+    """A batching rule, each device's part of the mapped axis by itself where Explicit mesh axes shard that axis."""
+
+    def batch(args, dims, **params):
+        moved = [a if d is None else jax.numpy.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]
+        dims = [None if d is None else 0 for d in dims]
+        # JAX has seen to it that all mapped operands are sharded alike.
+        axes = next(_array_axes(a)[0] for a, d in zip(moved, dims, strict=True) if d is not None)
+        if not axes:
+            return rule(moved, dims, **params)
+        if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+            warnings.warn(
+                f"jax.vmap over an axis that lies along {axes} gathers the operands along it; give matmul an x with "
+                "that axis in front, or put jax.shard_map around jax.vmap, with the axis in in_specs and out_specs",
+                UserWarning,
+                stacklevel=2,
+            )
+        spec = PartitionSpec(axes)
+        specs = tuple(PartitionSpec() if d is None else spec for d in dims)
+        # checkpoint: as in _on_parts
+        part = jax.checkpoint(lambda *args: rule(args, dims, **params)[0])
+        return jax.shard_map(part, in_specs=specs, out_specs=spec, axis_names=set(axes))(*moved), 0
+
+    return batch

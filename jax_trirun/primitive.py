@@ -27,6 +27,7 @@ from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
 from .partition import (
+    by_mapped_shards,
     can_call_back,
     lower_partitioned,
     partitioned_matmul,
@@ -292,28 +293,26 @@ _call_p.def_impl(lambda *operands, **params: xla.apply_primitive(_call_p, *opera
 
 
 def _batch(args, dims, **params):
-    """x alone is batched: its batch joins M. Anything else: one product after the other."""
+    """x alone is batched: its batch joins M. Anything else: one product after the other. All dims are 0 or None."""
     if dims[0] is None or any(d is not None for d in dims[1:]):
         return _one_by_one(bind_matmul, args, dims, **params)
-    x = jnp.moveaxis(args[0], dims[0], 0)
-    b, m, inner = x.shape
-    y = bind_matmul(x.reshape(b * m, inner), *args[1:], **params)
+    b, m, inner = args[0].shape
+    y = bind_matmul(args[0].reshape(b * m, inner), *args[1:], **params)
     return y.reshape(b, m, y.shape[1]), 0
 
 
 def _one_by_one(bind, args, dims, **params):
     """One call after the other, of the slices of what is batched."""
     batched = [d is not None for d in dims]
-    moved = tuple(jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True) if d is not None)
 
     def one(slices):
         rest = iter(slices)
         return bind(*(next(rest) if is_in else a for a, is_in in zip(args, batched, strict=True)), **params)
 
-    return jax.lax.map(one, moved), 0
+    return jax.lax.map(one, tuple(a for a, is_in in zip(args, batched, strict=True) if is_in)), 0
 
 
-batching.primitive_batchers[matmul_p] = _batch
+batching.primitive_batchers[matmul_p] = by_mapped_shards(_batch)
 
 
 # ---- Differentiation ----------------------------------------------------------------------------------
@@ -453,6 +452,6 @@ mlir.register_lowering(_cotangent_call_p, _lower_cotangent_call)
 for _p in (scales_cotangent_p, _cotangent_call_p):
     _p.def_abstract_eval(_cotangent_abstract_eval)
     _p.def_impl(partial(xla.apply_primitive, _p))
-batching.primitive_batchers[scales_cotangent_p] = partial(_one_by_one, _bind_cotangent)
+batching.primitive_batchers[scales_cotangent_p] = by_mapped_shards(partial(_one_by_one, _bind_cotangent))
 ad.primitive_jvps[scales_cotangent_p] = _cotangent_jvp
 ad.primitive_transposes[scales_cotangent_p] = _cotangent_transpose

@@ -1,5 +1,6 @@
 """Products on meshes of eight devices: right everywhere, and sharded at no more communication than it takes."""
 
+import functools
 import re
 import warnings
 
@@ -362,17 +363,52 @@ def test_vmap_of_sharded_operands(kind):
     want = batched(xs, *weight)
     for batch in (None, "b"):
         arrays = put(mesh, (xs, *weight), (P(batch, None, "t"), *weight_specs("t", None)))
-        assert_same(jax.jit(batched)(*arrays), want)
-        if (
-            batch is None or kind == AUTO
-        ):  # a batch over an Explicit axis is gathered: better a leading axis of x
+        if batch is None or kind == AUTO:
+            assert_same(jax.jit(batched)(*arrays), want)
             assert collectives(batched, *arrays) == REDUCE
+        else:
+            with pytest.warns(UserWarning, match=r"along \('b',\) gathers .* x with that axis in front"):
+                assert_same(jax.jit(batched)(*arrays), want)
+            assert_same(jax.jit(jax_trirun.matmul)(*arrays), want)
+            assert collectives(jax_trirun.matmul, *arrays) == REDUCE
     stacked = tuple(jnp.stack([a, a]) for a in weight)
     every = jax.vmap(jax_trirun.matmul, (None, 0, 0, 0))
     specs = [P(None, *spec) for spec in weight_specs(None, "t")]
     arrays = put(mesh, (x, *stacked), (P("b", None), *specs))
     assert_same(jax.jit(every)(*arrays), every(x, *stacked))
     assert collectives(every, *arrays) == {}
+
+
+@both_kinds
+def test_vmap_over_an_axis_that_is_sharded(kind):
+    """Experts, each with a weight of its own: right under vmap, without communication with shard_map around it."""
+    mesh = mesh_of(kind)
+    x, words, scales, zeros = (jnp.stack([a] * 4) for a in arrays_of(PROBLEM))
+    scales *= jnp.arange(1, 5, dtype=scales.dtype)[:, None, None]
+
+    def experts(x, words, scales, zeros):
+        return jax.vmap(jax_trirun.matmul)(x, words, scales, zeros)
+
+    def total(scales, x, words, zeros, experts=experts):
+        return jnp.sum(jnp.sin(experts(x, words, scales, zeros)))
+
+    want, gradient = experts(x, words, scales, zeros), jax.grad(total)(scales, x, words, zeros)
+    x, words, scales, zeros = put(mesh, (x, words, scales, zeros), [P("t")] * 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_same(jax.jit(experts)(x, words, scales, zeros), want)
+        assert_same(jax.jit(jax.grad(total))(scales, x, words, zeros), gradient)
+    told = {str(w.message) for w in caught}
+    assert all("put jax.shard_map around jax.vmap" in text for text in told) and bool(told) == (
+        kind == EXPLICIT
+    )
+
+    by_parts = jax.shard_map(experts, mesh=mesh, in_specs=(P("t"),) * 4, out_specs=P("t"))
+    assert_same(jax.jit(by_parts)(x, words, scales, zeros), want)
+    assert collectives(by_parts, x, words, scales, zeros) == {}
+    of_scales = jax.grad(functools.partial(total, experts=by_parts))
+    assert_same(jax.jit(of_scales)(scales, x, words, zeros), gradient)
+    assert collectives(of_scales, scales, x, words, zeros) == {}
 
 
 @both_kinds
@@ -470,6 +506,21 @@ def test_arrays_on_two_meshes():
     weight = put(mesh_of(EXPLICIT, shape=(8,), names=("d",)), weight, weight_specs(None, "d"))
     with pytest.raises(ValueError, match=r"matmul: all arrays must be on one mesh, got .*; move them with"):
         jax_trirun.matmul(x, *weight)
+
+
+def test_a_weight_that_was_put_on_one_device():
+    x, *weight = arrays_of(PROBLEM)
+    (x,) = put(mesh_of(EXPLICIT), (x,), (P("b", None),))
+    weight = jax.device_put(weight, jax.devices("cpu")[0])
+    with pytest.raises(
+        ValueError, match=r"matmul: all arrays must be on one mesh, got .* and an array \(8, 8, "
+    ):
+        jax_trirun.matmul(x, *weight)
+    weight = jax.device_put(weight, NamedSharding(mesh_of(EXPLICIT), P()))
+    assert_close(
+        jax_trirun.matmul(x, *weight),
+        matmul_float64(PROBLEM.x(), PROBLEM.codes(), PROBLEM.scales(), PROBLEM.zeros()),
+    )
 
 
 def test_the_older_partitioner():
