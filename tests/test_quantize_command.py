@@ -405,6 +405,18 @@ def test_overwrite_deletes_only_what_a_run_wrote(capsys, model, tmp_path):
         (("--method", "mse", "--skip", "("), r"'\(' is not a regular expression"),
         (("--method", "mse", "--damping", "1"), "method 'mse' has no option 'damping'"),
         (("--method", "mse", "--batch-tokens", "0"), "--batch-tokens must be positive, got 0"),
+        (
+            ("--calibration", __file__, "--damping", "-1"),
+            "layers.0.self_attn.q_proj: gptq: damping must be > 0, .*got damping=-1.0",
+        ),
+        (
+            ("--method", "mse", "--override", r"layers\.1\..*down=method=hqq,p=7"),
+            "layers.1.mlp.down_proj: quantize: 0 < p <= 1.* are wanted, got p=7",
+        ),
+        (
+            ("--method", "mse", "--override", r"layers\.1\..*up=bits=3"),
+            "layers.1.mlp.up_proj: .*bits.*got 3",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(capsys, model, tmp_path, arguments, message):
@@ -412,6 +424,15 @@ def test_mistakes_are_found_before_anything_is_written(capsys, model, tmp_path, 
     status, _, err = run(capsys, model.path, "--out", out, *arguments)
     assert status == 2 and err.startswith("error: ") and re.search(message, err), err
     assert not out.exists()
+
+
+def test_patterns_that_fit_nothing_are_named(capsys, model, tmp_path):
+    options = ("--method", "rtn", "--skip", "down", "--skip", "q_porj", "--override", "k_porj=bits=4")
+    status, _, err = run(capsys, model.path, "--out", tmp_path / "out", *options)
+    assert status == 0
+    assert [line for line in err.splitlines() if line.startswith("warning")] == [
+        f"warning: {pattern!r} of --skip or --override fits no module" for pattern in ("q_porj", "k_porj")
+    ]
 
 
 def test_wrong_text(capsys, model, tmp_path):
@@ -479,7 +500,7 @@ def test_a_layer_of_the_real_model(smollm2):
     for method in (None, "gptq", "rtn"):
         decoder = load_llama(real)
         if method is not None:
-            recipes = Recipes(Recipe(method), skip=[r"layers\.(?!3\.)"])
+            recipes = Recipes(Recipe(method), skip=[r"layers\.(?!1\.)"])
             assert (
                 len(quantize_llama(decoder, [tokens[:300], tokens[300:400], tokens[400:768]], recipes)) == 7
             )

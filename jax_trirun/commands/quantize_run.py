@@ -86,6 +86,7 @@ class Run:
     def _check_recipes(self) -> None:
         """Finds what cannot be done before hours have gone into the layers before it."""
         chosen = 0
+        checked = set()
         for path, shape in self.model.shapes.items():
             name = path.removesuffix(".kernel")
             recipe = self.recipes.of(name) if path != name else None
@@ -94,8 +95,11 @@ class Run:
             chosen += 1
             try:
                 check_group_size("quantize", shape[0], recipe.group_size)
-            except ValueError as error:
+                if (repr(recipe), shape) not in checked:
+                    recipe.check(shape)
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{name}: {error}") from error
+            checked.add((repr(recipe), shape))
             if recipe.calibrated and self.batches is None:
                 raise ValueError(
                     f"{name}: method {recipe.method!r} needs calibration text; give --calibration FILE, or a method "
@@ -127,6 +131,9 @@ class Run:
     def state_memory(self) -> None:
         """Says what is about to be done, and the memory that it takes."""
         print(f"model      {self.model.name}: {self.model.path}")
+        names = [path.removesuffix(".kernel") for path in self.model.shapes]
+        for pattern in self.recipes.unused(names):
+            print(f"warning: {pattern!r} of --skip or --override fits no module", file=sys.stderr)
         if self.batches is not None:
             calibration = self.settings["calibration"]
             widths = sorted({tokens.shape[1] for tokens, _ in self.batches})

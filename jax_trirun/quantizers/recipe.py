@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..types import GROUP_SIZES, QuantTensor
 from . import METHODS, gptq, gptq_and_damping, quantize
@@ -73,7 +74,16 @@ class Recipe:
             raise ValueError(f"method {self.method!r} needs calibration text")
         options = {**_options(gptq), **CALIBRATED[self.method], **self.options}
         weight, damping = gptq_and_damping(w, hessian, **common, **options)
-        return weight, float(damping)
+        return weight, None if isinstance(damping, jax.core.Tracer) else float(damping)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raises what quantising weights of this shape [K, N] would, whatever their values: it traces only.
+
+        Raises:
+            ValueError, TypeError: as ``quantize`` and ``gptq``.
+        """
+        hessian = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32) if self.calibrated else None
+        jax.eval_shape(lambda w, h: self(w, h)[0], jax.ShapeDtypeStruct(shape, jnp.float32), hessian)
 
     def changed(self, **changes: Any) -> Recipe:
         """With other values; names that are no attribute are the method's options.
@@ -128,6 +138,11 @@ class Recipes:
         if any(re.search(pattern, name) for pattern in self.default_skip):
             return None
         return self.default
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """Patterns of ``skip`` and ``overrides`` that fit none of these modules."""
+        patterns = dict.fromkeys((*self.skip, *(pattern for pattern, _ in self.overrides)))
+        return [p for p in patterns if not any(re.search(p, name) for name in names)]
 
 
 def parse_override(text: str) -> tuple[str, dict[str, Any]]:
