@@ -31,8 +31,8 @@ COUNTS = (4096, 8192, 16384)
 CHARACTERS = 8 * max(COUNTS)
 
 
-def wikipedia_texts() -> list[str]:
-    """The first articles of the sample, CHARACTERS in all or a little more."""
+def wikipedia_texts(characters: float = CHARACTERS) -> list[str]:
+    """The first articles of the sample, that many characters in all or a little more."""
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
     (dump,) = texts.fetch(texts.GENSIM, texts.DUMP)
@@ -42,7 +42,7 @@ def wikipedia_texts() -> list[str]:
             text = "" if markup.lstrip().upper().startswith("#REDIRECT") else filter_wiki(markup)
             if len(text) > 1000:
                 found.append(text)
-            if sum(map(len, found)) >= CHARACTERS:
+            if sum(map(len, found)) >= characters:
                 break
     return found
 
@@ -92,13 +92,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[2048, 1024, 512])
     parser.add_argument("--batch-tokens", type=int, default=4096, help="computed at once (default: 4096)")
     parser.add_argument("--text", type=Path, help="JSON list of articles, instead of gensim's")
-    parser.add_argument("--write-text", type=Path, help="write that file, and nothing else")
+    parser.add_argument("--write-text", type=Path, help="write that file, all articles, and nothing else")
     parser.add_argument("--out", type=Path, help="CSV file")
     arguments = parser.parse_args()
-    articles = json.loads(arguments.text.read_text()) if arguments.text else wikipedia_texts()
     if arguments.write_text:
-        arguments.write_text.write_text(json.dumps(articles))
+        arguments.write_text.write_text(json.dumps(wikipedia_texts(math.inf)))
         return
+    articles = json.loads(arguments.text.read_text()) if arguments.text else wikipedia_texts()
     rows = []
     for name in arguments.models:
         rows += measure(name, articles, arguments.windows, arguments.batch_tokens)
