@@ -76,7 +76,7 @@ class Recipe:
         weight, damping = gptq_and_damping(w, hessian, **common, **options)
         return weight, None if isinstance(damping, jax.core.Tracer) else float(damping)
 
-    def check(self, shape: tuple[int, int]) -> None:
+    def check(self, shape: tuple[int, ...]) -> None:
         """Raises what quantising weights of this shape [K, N] would, whatever their values: it traces only.
 
         Raises:
