@@ -318,6 +318,11 @@ def test_float_models_are_sent_to_quantize(capsys, tiny_llama, tmp_path):
     assert json.loads((tmp_path / "out" / "convert.json").read_text())["requantised"] == 14
 
 
+def test_the_bundled_model_is_sent_to_quantize(capsys, smollm2, tmp_path):
+    status, _, err = run(capsys, "smollm2", "--out", tmp_path / "out")
+    assert status == 2 and "quantised with the command quantize" in err and not (tmp_path / "out").exists()
+
+
 def test_wrong_checkpoints(capsys, tiny_llama, tmp_path):
     cases = [
         ({"quant_method": "gptq", "bits": 4}, "only 2-bit weights can be packed, these have bits=[4]"),

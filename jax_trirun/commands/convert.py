@@ -31,7 +31,7 @@ from ..checkpoints.models import PACKED, Model, write_config
 from ..checkpoints.packed import Parts
 from ..quantizers import METHODS, quantize
 from ..types import FLOATS, GROUP_SIZES, QuantTensor
-from .model import megabytes
+from .model import find, megabytes
 from .output import check_apart, check_free, clear, copy_tokenizer, write_json
 
 HELP = "pack a 2-bit checkpoint of another project (GPTQ, BitNet, HQQ, ...)"
@@ -41,7 +41,7 @@ _FLOAT_FORMATS = ("float", "gguf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a directory, or a GGUF file")
+    parser.add_argument("model", metavar="MODEL", help="a directory, a GGUF file, or smollm2")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the packed model goes")
     parser.add_argument(
         "--requantize",
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         }
     out = Path(arguments.out)
     check_free(out, REPORT, overwrite=arguments.overwrite)
-    model = open_model(arguments.model)
+    model = open_model(find(arguments.model))
     if model.format == PACKED:
         raise ValueError(f"{model.path} is packed already")
     check_apart(out, model)
