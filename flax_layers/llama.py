@@ -529,9 +529,11 @@ class Decoder:
             return model.logits(hidden[:, 0]), cache
 
         def compiled(function):
-            return jax.jit(
-                lambda weights, cache, *arrays: function(rebuild(weights), cache, *arrays), donate_argnums=1
-            )
+            @functools.wraps(function)  # profiles and dumps show its name
+            def program(weights, cache, *arrays):
+                return function(rebuild(weights), cache, *arrays)
+
+            return jax.jit(program, donate_argnums=1)
 
         self._prefill, self._step = compiled(prefill), compiled(step)
 
