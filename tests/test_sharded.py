@@ -421,7 +421,8 @@ def test_weights_are_read_slice_by_slice():
     )
 
 
-def test_a_packed_file_is_loaded_onto_the_mesh(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_file_is_loaded_onto_the_mesh(tmp_path, kind):
     config = dataclasses.asdict(CONFIG)
     model = decoder()
     state = nnx.to_flat_state(nnx.state(model))
@@ -433,7 +434,7 @@ def test_a_packed_file_is_loaded_onto_the_mesh(tmp_path):
             tree[".".join(map(str, path)) + ".kernel"] = layer.weight
     save(tmp_path / "model", tree)
     models.write_config(tmp_path / "model", config, {})
-    loaded = load_llama(tmp_path / "model", mesh=mesh_of())
+    loaded = load_llama(tmp_path / "model", mesh=mesh_of(kind))
     assert share(loaded.layers[0].mlp.down_proj.words[...]) == share(loaded.embed.embedding[...]) == 1 / 4
     close(run(loaded, TOKENS), logits())
 
