@@ -377,12 +377,12 @@ def test_on_explicit_axes_types_say_how_arrays_lie():
     mesh, model = mesh_of(AxisType.Explicit), decoder((2, 4), AxisType.Explicit)
     tokens = put(TOKENS, mesh, "data", None)
     with jax.set_mesh(mesh):
-        scores = model(tokens)
+        scores = run(model, tokens)
         assert jax.typeof(scores).sharding.spec == P("data", None, "tensor")
         close(scores, logits())
         losses = nnx.jit(token_losses)(model, tokens)
         assert jax.typeof(losses).sharding.spec == P("data", None)
-    close(losses, token_losses(decoder(), TOKENS))
+    close(losses, nnx.jit(token_losses)(decoder(), TOKENS))
     close(run(decoder((2, 4), AxisType.Explicit), TOKENS[:3]), logits()[:3])
 
     one, many = (Decoder(m, max_length=32) for m in (decoder(), model))
