@@ -555,11 +555,11 @@ def explicit_mesh(where: str, *arrays: Any) -> Any | None:
             )
     if not explicit:
         return None
-    for array in arrays:
-        elsewhere = (
-            isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.committed
-        )
-        if elsewhere and array.sharding.num_devices != explicit[0].size:
+    there = [a for a in arrays if isinstance(a, jax.Array)]
+    if any(isinstance(a, jax.core.Tracer) for a in there):
+        return explicit[0]  # concrete arrays are constants then, which go where they are needed
+    for array in there:
+        if array.committed and array.sharding.num_devices != explicit[0].size:
             raise ValueError(
                 f"{where}: all arrays must be on one mesh, got {explicit[0]} and an array {array.shape} on "
                 f"{array.sharding}; move it with jax.device_put(array, NamedSharding(mesh, PartitionSpec()))"
