@@ -163,22 +163,32 @@ float last_ghz() {
 
 struct Variant {
   const char* name;
-  int tokens, warpgroups, stages, least, most;  // for M from least to most
+  GemmShape shape;
+  int least, most;  // for M from least to most
+  int rows;         // of float4 in a thread's sums
   int bytes;
   const void* kernel;
   const void* add;
 };
-template <int kTokens, int kWarpgroups, int kGroupSize, int kStages>
-Variant make(const char* name, int least, int most) {
+template <int kTokens, int kWarpgroups, int kWarpTiles, int kGroupSize, int kStages>
+Variant make(const char* name, int least, int most, int unit_clocks) {
+  using Tile = TileLayout<kTokens, kWarpgroups, kWarpTiles>;
   return {name,
-          kTokens,
-          kWarpgroups,
-          kStages,
+          {kTokens, kWarpgroups, kWarpTiles, kStages, unit_clocks},
           least,
           most,
-          GemmSmem<kTokens, kWarpgroups, kGroupSize, false, kStages>::kBytes,
-          (const void*)gemm_kernel<__half, kTokens, kWarpgroups, kGroupSize, false, kStages>,
-          (const void*)add_gemm_parts<__half, kTokens, kWarpgroups>};
+          Tile::kRows,
+          GemmSmem<Tile, kTokens, kGroupSize, false, kStages>::kBytes,
+          (const void*)gemm_kernel<__half, kTokens, kWarpgroups, kWarpTiles, kGroupSize, false, kStages>,
+          (const void*)add_gemm_parts<__half, kTokens, kWarpgroups, kWarpTiles>};
+}
+
+// A kernel of the library.
+template <GemmKernel kernel>
+Variant make(const char* name, int least, int most) {
+  constexpr GemmShape kShape = shape_of(kernel);
+  return make<kShape.tokens, kShape.warpgroups, kShape.warp_tiles, kShape.tokens == 128 ? 0 : kGroup,
+              kShape.stages>(name, least, most, kShape.unit_clocks);
 }
 
 int main(int argc, char** argv) {
@@ -191,18 +201,41 @@ int main(int argc, char** argv) {
   const int sms = prop.multiProcessorCount;
   std::printf(
       "# %s, %d "
-      "SMs\nK,N,M,variant,tiles,us,floor_us,ratio,cublas_us,speedup,tflops,worst_c,ghz,cublas_ghz\n",
+      "SMs\nK,N,M,variant,tiles,ranks,cut,us,floor_us,ratio,cublas_us,speedup,tflops,worst_c,ghz,cublas_"
+      "ghz\n",
       prop.name, sms);
   std::vector<Variant> variants = {
 #ifdef VARIANTS
 #include VARIANTS
 #else
-      make<32, 2, 128, 14>("sums32narrow", 17, 32),
-      make<32, 3, 128, 10>("sums32", 17, 32),
-      make<64, 2, 128, 11>("sums64", 33, 64),
-      make<128, 2, 0, 8>("weights128", 65, 16384),
+      make<GemmKernel::kSums16>("sums16", 5, 16),
+      make<GemmKernel::kSums32>("sums32", 17, 32),
+      make<GemmKernel::kSums32Narrow>("sums32narrow", 17, 32),
+      make<GemmKernel::kSums64>("sums64", 33, 64),
+      make<GemmKernel::kSums64Narrow>("sums64narrow", 33, 64),
+      make<GemmKernel::kWeights128>("weights128", 65, 16384),
+      make<GemmKernel::kWeights128Narrow>("weights128narrow", 65, 16384),
 #endif
   };
+  for (auto& v : variants) {
+    std::printf("# clusters of 2, 3, .. 8 thread blocks of %s at once:", v.name);
+    CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.bytes));
+    for (unsigned ranks = 2; ranks <= 8; ++ranks) {
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(ranks, sms);
+      config.blockDim = dim3((v.shape.warpgroups + 1) * 128);
+      config.dynamicSmemBytes = v.bytes;
+      cudaLaunchAttribute attr = {};
+      attr.id = cudaLaunchAttributeClusterDimension;
+      attr.val.clusterDim = {ranks, 1, 1};
+      config.attrs = &attr;
+      config.numAttrs = 1;
+      int clusters = 0;
+      CHECK(cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &config));
+      std::printf(" %d", clusters);
+    }
+    std::printf("\n");
+  }
   typedef CUresult (*encode_t)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
@@ -236,12 +269,13 @@ int main(int argc, char** argv) {
   struct Shape {
     int k, n;
   };
-  std::vector<Shape> shapes = {{4096, 4096}, {4096, 28672}, {28672, 8192}, {8192, 57344}};
+  std::vector<Shape> shapes = {{4096, 4096},  {4096, 6144},  {8192, 8192}, {14336, 4096},
+                               {4096, 28672}, {28672, 8192}, {8192, 57344}};
   const std::vector<int> tokens = {
 #ifdef TOKENS
 #include TOKENS
 #else
-      17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 512, 1000, 1024, 4096, 16384,
+      16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 512, 1000, 1024, 4096, 16384,
 #endif
   };
   const int most = *std::max_element(tokens.begin(), tokens.end());
@@ -324,13 +358,13 @@ int main(int argc, char** argv) {
         args.m = m, args.n = n;
         args.k_blocks = k_blocks, args.n_blocks = n_blocks;
         args.groups = k / kGroup, args.group_stride = n, args.group_shift = 7;
-        const GemmPlan plan = plan_gemm(problem, {v.tokens, v.warpgroups, v.stages}, sms);
-        args.m_tiles = plan.m_tiles, args.n_tiles = plan.n_tiles, args.units = plan.units;
-        args.band = plan.band, args.whole_tiles = plan.whole_tiles;
-        const int grid = plan.grid, cut = plan.cut_tiles(), tiles = plan.m_tiles * plan.n_tiles;
+        args.unit_rows = 1, args.row_shift = 2;
+        const GemmPlan plan = plan_gemm(problem, v.shape, sms);
+        fill_plan(args, plan);
+        const int cut = plan.cut_tiles(), tiles = plan.tiles();
         CUtensorMap map;
         const cuuint64_t dims[2] = {(cuuint64_t)k, (cuuint64_t)m}, strides[1] = {(cuuint64_t)k * 2};
-        const cuuint32_t box[2] = {64, (cuuint32_t)v.tokens}, steps[2] = {1, 1};
+        const cuuint32_t box[2] = {64, (cuuint32_t)v.shape.tokens}, steps[2] = {1, 1};
         if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, x, dims, strides, box, steps,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
@@ -344,11 +378,26 @@ int main(int argc, char** argv) {
           a.words = (const uint4*)base;
           a.scales = base + word_bytes;
           void* params[] = {&map, &a};
-          CHECK(cudaLaunchKernel(v.kernel, dim3(grid), dim3((v.warpgroups + 1) * 128), params, v.bytes, s));
+          cudaLaunchConfig_t config = {};
+          config.gridDim = plan.ranks > 1 ? dim3(plan.ranks, tiles) : dim3(plan.grid);
+          config.blockDim = dim3((v.shape.warpgroups + 1) * 128);
+          config.dynamicSmemBytes = v.bytes;
+          config.stream = s;
+          cudaLaunchAttribute attr = {};
+          attr.id = cudaLaunchAttributeClusterDimension;
+          attr.val.clusterDim = {(unsigned)plan.ranks, 1, 1};
+          config.attrs = &attr;
+          config.numAttrs = plan.ranks > 1;
+          CHECK(cudaLaunchKernelExC(&config, v.kernel, params));
           if (cut) {
-            int g = grid;
-            void* params[] = {&a, &g};
-            CHECK(cudaLaunchKernel(v.add, dim3(cut, v.warpgroups, v.tokens / 8), dim3(128), params, 0, s));
+            void* params[] = {&a};
+            config.gridDim = dim3(cut, v.rows, v.shape.warpgroups);
+            config.blockDim = dim3(128);
+            config.dynamicSmemBytes = 0;
+            attr.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attr.val.programmaticStreamSerializationAllowed = 1;
+            config.numAttrs = 1;
+            CHECK(cudaLaunchKernelExC(&config, v.add, params));
           }
         };
         CHECK(cudaMemset(y, 0xff, (size_t)m * n * 2));
@@ -368,9 +417,9 @@ int main(int argc, char** argv) {
         }
         const float us = graph_time_us(launches, launch, settle_ms);
         const float ghz = last_ghz();
-        std::printf("%d,%d,%d,%s,%d,%.2f,%.2f,%.3f,%.2f,%.3f,%.0f,%.1f,%.2f,%.2f\n", k, n, m, v.name, tiles,
-                    us, floor_us, us / floor_us, cublas_us, cublas_us / us, 2e-6 * m * n * k / us, worst,
-                    ghz, cublas_ghz);
+        std::printf("%d,%d,%d,%s,%d,%d,%d,%.2f,%.2f,%.3f,%.2f,%.3f,%.0f,%.1f,%.2f,%.2f\n", k, n, m, v.name,
+                    tiles, plan.ranks, cut, us, floor_us, us / floor_us, cublas_us, cublas_us / us,
+                    2e-6 * m * n * k / us, worst, ghz, cublas_ghz);
         std::fflush(stdout);
       }
     }

@@ -27,8 +27,17 @@ SHAPES = (
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
 LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 4096, 12704, -1))
-# Rows enough for the kernels that only Hopper has; whole tiles, and tiles that several blocks share.
-GEMM_SHAPES = ((20, 1024, 392, 32), (40, 2048, 264, 64), (130, 1024, 520, 128), (70, 200, 104, -1))
+# Rows enough for the kernels that only Hopper has; whole tiles, and tiles that several blocks share; the last three are
+# enough for a thread block to go round its ring.
+GEMM_SHAPES = (
+    (20, 1024, 392, 32),
+    (40, 2048, 264, 64),
+    (130, 1024, 520, 128),
+    (70, 200, 104, -1),
+    (20, 2048, 12296, 128),
+    (200, 2048, 2056, 64),
+    (300, 2048, 3080, 128),
+)
 TYPES = (("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32"))
 
 

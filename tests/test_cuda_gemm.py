@@ -1,7 +1,8 @@
 """What the CUDA kernels for many tokens must do on a Hopper GPU (csrc/cuda/gemm.cuh).
 
-Which of them runs follows from M and the types (csrc/cuda/gemm_plan.h): scales on the sums of 32 or 64
-tokens, the same with zeros for 48, scales on the weights for 128.
+Which of them runs follows from the sizes and the types (csrc/cuda/gemm_plan.h): scales on the sums of 16, 32 or 64
+tokens, the same with zeros for 48, scales on the weights for 128; tiles of 256 or 384 features or, for small layers,
+128.
 """
 
 import itertools
@@ -58,15 +59,48 @@ def test_every_kernel_with_every_type(group_size, scale_dtype, dtype):
         assert check(problem, out_dtype=out_dtype).dtype == jnp.dtype(out_dtype or dtype)
 
 
-@both_halves
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_few_tokens_of_a_large_layer(group_size, dtype):
-    """These have wider tiles than the small layers of the other tests."""
-    problem = MatmulProblem(20, 4096, 8200, group_size, dtype, "float32")
-    assert "tiles of 32 tokens x 384" in jax_trirun.explain(
-        jax.ShapeDtypeStruct((20, 4096), dtype), problem.quant_tensor()
-    )
-    check(problem)
+# M, K, N, dtype of the scales, zeros, what explain says: every kernel with whole tiles, with tiles that are cut,
+# and with clusters.
+SHARES = [
+    (16, 8192, 6152, "", False, "16 tokens x 384 features, 17 of them cut"),
+    (9, 6144, 25000, "", False, "16 tokens x 384 features, a cluster of 2"),
+    (20, 256, 20488, "", False, "32 tokens x 384 features, 0 of them cut"),
+    (20, 6144, 4104, "", False, "32 tokens x 384 features, 11 of them cut"),
+    (20, 1536, 20488, "", False, "32 tokens x 384 features, a cluster of 2"),
+    (20, 2048, 12296, "", False, "32 tokens x 128 features, 0 of them cut"),
+    (20, 1536, 72, "", False, "32 tokens x 128 features, 1 of them cut"),
+    (20, 2048, 1032, "", False, "32 tokens x 128 features, a cluster of 8"),
+    (130, 2048, 6152, "float32", False, "64 tokens x 256 features, 0 of them cut"),
+    (130, 1536, 12296, "float32", False, "64 tokens x 256 features, 15 of them cut"),
+    (130, 3072, 2056, "float32", False, "64 tokens x 256 features, 27 of them cut"),
+    (130, 2560, 3080, "float32", False, "64 tokens x 256 features, a cluster of 3"),
+    (200, 2048, 2056, "float32", False, "64 tokens x 128 features, 0 of them cut"),
+    (520, 3072, 2056, "float32", False, "64 tokens x 128 features, 21 of them cut"),
+    (48, 1536, 72, "", False, "64 tokens x 128 features, 1 of them cut"),
+    (48, 1024, 72, "", False, "64 tokens x 128 features, a cluster of 8"),
+    (520, 2048, 1544, "", True, "48 tokens x 256 features, 0 of them cut"),
+    (520, 1024, 3080, "", True, "48 tokens x 256 features, 11 of them cut"),
+    (20, 1536, 72, "", True, "48 tokens x 256 features, 1 of them cut"),
+    (20, 768, 72, "", True, "48 tokens x 256 features, a cluster of 6"),
+    (130, 2048, 12296, "", False, "128 tokens x 256 features, 0 of them cut"),
+    (130, 6144, 6152, "", False, "128 tokens x 256 features, 50 of them cut"),
+    (300, 2048, 12296, "", False, "128 tokens x 256 features, 15 of them cut"),
+    (300, 2048, 3080, "", False, "128 tokens x 128 features, 0 of them cut"),
+    (70, 1536, 72, "", False, "128 tokens x 128 features, 1 of them cut"),
+    (520, 2048, 136, "", False, "128 tokens x 128 features, a cluster of 8"),
+]
+
+
+@pytest.mark.parametrize(("m", "k", "n", "scale_dtype", "with_zeros", "says"), SHARES)
+def test_every_way_of_sharing_tiles_out(m, k, n, scale_dtype, with_zeros, says):
+    for dtype, group_size in (("float16", 128), ("bfloat16", 32)):
+        problem = MatmulProblem(m, k, n, group_size, dtype, scale_dtype or dtype, with_zeros)
+        x, qt = jnp.asarray(problem.x()), problem.quant_tensor()
+        if getattr(jax.local_devices(backend="cuda")[0], "core_count", None) == 132:
+            assert says in jax_trirun.explain(x, qt)
+        y = check(problem)
+        again = jax.jit(jax_trirun.matmul)(x, qt)
+        assert bool(jnp.array_equal(jnp.asarray(y).view(jnp.uint16), again.view(jnp.uint16)))
 
 
 @pytest.mark.parametrize(

@@ -39,19 +39,23 @@ __device__ __forceinline__ void split_zero(float& rest, uint32_t& shift, int zer
   shift = static_cast<uint32_t>(half_bits) << 16 | half_bits;
 }
 
-// Four neighbouring scales of type S, from shared memory, as floats.
-template <typename S>
-__device__ __forceinline__ void load_scales(float (&out)[4], uint32_t from) {
-  if constexpr (sizeof(S) == 4) {
+// Two or four neighbouring scales of type S, from shared memory, as floats.
+template <typename S, int kCount>
+__device__ __forceinline__ void load_scales(float (&out)[kCount], uint32_t from) {
+  static_assert(kCount == 2 || kCount == 4);
+  constexpr int kWords = kCount * static_cast<int>(sizeof(S)) / 4;
+  uint32_t raw[kWords];
+  if constexpr (kWords == 4) {
     const uint4 v = load_shared_16(from);
-    out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y);
-    out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+    raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
+  } else if constexpr (kWords == 2) {
+    const uint2 v = load_shared_8(from);
+    raw[0] = v.x, raw[1] = v.y;
   } else {
-    const uint2 raw = load_shared_8(from);
-    const S* v = reinterpret_cast<const S*>(&raw);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = static_cast<float>(v[i]);
+    raw[0] = load_shared_4(from);
   }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = static_cast<float>(reinterpret_cast<const S*>(raw)[i]);
 }
 
 // The part of x a block keeps: `rows` tokens from `first_token` on, `units` units of K from

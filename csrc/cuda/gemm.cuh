@@ -23,7 +23,9 @@
 //
 // Work: tiles in whole rounds of the grid first; the tiles of the last, incomplete round are cut along K
 // so that every thread block gets the same number of units, and written in parts that add_gemm_parts adds
-// up, in order (stream-K, arXiv:2301.03598; without its fix-up, in which blocks wait for each other).
+// up, in order (stream-K, arXiv:2301.03598; without its fix-up, in which blocks wait for each other). Where there
+// are few tiles, a cluster shares each: every thread block takes a run of K, and they add up each other's parts (by
+// way of the L2 cache: each other's shared memory gave 9 bytes a clock). GemmPlan chooses.
 #pragma once
 
 #include <algorithm>
@@ -38,44 +40,10 @@
 
 namespace jax_trirun::cuda {
 
-struct GemmArgs {
-  const uint4* words;
-  const void* scales;
-  const void* zeros;    // or null
-  const float* x_sums;  // with zeros: the sum of x over each kGroupSize of K, [.., x_sums_stride]
-  int x_sums_stride;    // M rounded up to whole tiles
-  void* y;
-  float4* parts;  // of the tiles that several thread blocks share
-  int m, n;
-  int k_blocks, n_blocks;  // blocks of the packed array
-  int groups;              // rows of scales
-  int group_stride;        // elements from one row of scales to the next: N, or 0 with a single group
-  int group_shift;         // k >> group_shift is k's row of scales
-  bool scales_are_f32, y_is_f32;
-  int m_tiles, n_tiles;
-  int band;         // tiles of M that are walked before the next tile of N
-  int whole_tiles;  // the first tiles: each is made by one thread block
-  int units;        // of K in a tile: what the others are cut into
-};
-
-struct TilePosition {
-  int m_tile, n_tile;
-};
-
-// Tiles go through bands of M, and through the tiles of N inside a band: blocks that run at the same time
-// share words and share x.
-__host__ __device__ inline TilePosition tile_position(const GemmArgs& args, int tile) {
-  const int in_band = args.band * args.n_tiles;
-  const int first = tile / in_band * args.band;
-  const int width = args.band < args.m_tiles - first ? args.band : args.m_tiles - first;
-  const int rest = tile % in_band;
-  return {first + rest % width, rest / width};
-}
-
-// The units that a thread block takes of the tiles that are cut, out of `total`: [begin(i), begin(i + 1)).
+// The units that a thread block takes of the tiles that are cut: [begin(i), begin(i + 1)), of the same number or one
+// more.
 struct Shares {
   int base, extra;
-  __host__ __device__ Shares(int total, int blocks) : base(total / blocks), extra(total % blocks) {}
   __host__ __device__ int begin(int block) const { return block * base + (block < extra ? block : extra); }
   // The block that has this unit.
   __host__ __device__ int owner(int unit) const {
@@ -84,11 +52,65 @@ struct Shares {
   }
 };
 
+struct GemmArgs {
+  const uint4* words;
+  const void* scales;
+  const void* zeros;    // or null
+  const float* x_sums;  // with zeros: the sum of x over each kGroupSize of K, [.., x_sums_stride]
+  int x_sums_stride;    // M rounded up to whole tiles
+  int x_groups;         // rows of them
+  void* y;
+  float4* parts;  // of the tiles that several thread blocks share
+  int m, n;
+  int k_blocks, n_blocks;  // blocks of the packed array
+  int groups;              // rows of scales
+  int group_stride;        // elements from one row of scales to the next: N, or 0 with a single group
+  int group_shift;         // k >> group_shift is k's row of scales
+  int unit_rows;           // rows of scales that a unit of K has: 4, 2 or 1
+  int row_shift;           // 32 << row_shift is a row's share of the unit
+  bool scales_are_f32, y_is_f32;
+  int m_tiles, n_tiles;
+  int band;             // tiles of M that are walked before the next tile of N
+  int whole_tiles;      // the first tiles: each is made by one thread block
+  int units;            // of K in a tile: what the others are cut into
+  uint32_t unit_magic;  // unit / units is the high word of unit * unit_magic; 0 if units is 1
+  Shares shares;        // of the units of the tiles that are cut
+  int ranks;            // thread blocks of a cluster that share a tile, see GemmPlan; 1: no cluster
+  int rank_units;       // of K for each of them
+};
+
+inline void fill_plan(GemmArgs& args, const GemmPlan& plan) {
+  args.m_tiles = plan.m_tiles, args.n_tiles = plan.n_tiles;
+  args.band = plan.band, args.whole_tiles = plan.whole_tiles, args.units = plan.units;
+  args.unit_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.units - 1) / plan.units);
+  const int cut = plan.cut_tiles() * plan.units;
+  args.shares = {cut / plan.grid, cut % plan.grid};
+  args.ranks = plan.ranks, args.rank_units = plan.rank_units;
+}
+
+struct TilePosition {
+  int m_tile, n_tile;
+};
+
+// Tiles go through bands of M, and through the tiles of N inside a band: blocks that run at the same time
+// share words and share x.
+__host__ __device__ inline TilePosition tile_position(const GemmArgs& args, int tile) {
+  if (args.m_tiles == 1) return {0, tile};
+  const int in_band = args.band * args.n_tiles;
+  const int first = tile / in_band * args.band;
+  const int width = args.band < args.m_tiles - first ? args.band : args.m_tiles - first;
+  const int rest = tile % in_band;
+  return {first + rest % width, rest / width};
+}
+
+// K that a row of scales covers at least.
+inline constexpr int kSmallestGroup = 32;
+
 // What a thread block makes at a time: the tile's sum over [first_block, last_block) of K.
 struct Segment {
   int m_tile, n_tile;
   int first_block, last_block;
-  int part;  // where the sums go in `parts`, or -1: they are y
+  int part;  // which part of a tile these sums are, or -1: they are y
 };
 
 // Calls visit(segment) for all of this thread block's. (Two loops: as one, their divisions kept ptxas from seeing that
@@ -100,39 +122,91 @@ __device__ __forceinline__ void for_each_segment(const GemmArgs& args, Visit vis
     const TilePosition at = tile_position(args, tile);
     visit(Segment{at.m_tile, at.n_tile, 0, args.k_blocks, -1});
   }
-  const Shares shares((args.m_tiles * args.n_tiles - args.whole_tiles) * args.units, grid);
-  const int end = shares.begin(block + 1);
-  for (int unit = shares.begin(block); unit < end;) {
-    const TilePosition at = tile_position(args, args.whole_tiles + unit / args.units);
-    const int first = unit % args.units;
+  int unit, end;
+  if (args.ranks > 1) {  // a cluster has one tile, every thread block of it a run of units
+    const int tile = blockIdx.y * args.units;
+    unit = tile + block * args.rank_units;
+    end = tile + min(args.units, (block + 1) * args.rank_units);
+  } else {
+    unit = args.shares.begin(block);
+    end = args.shares.begin(block + 1);
+  }
+  while (unit < end) {
+    const int tile = args.unit_magic == 0 ? unit : static_cast<int>(__umulhi(unit, args.unit_magic));
+    const TilePosition at = tile_position(args, args.whole_tiles + tile);
+    const int first = unit - tile * args.units;
     const int last = min(args.units, first + end - unit);
     const bool whole = first == 0 && last == args.units;
     // At most two parts a block: the end of a tile, then the start of another.
+    const int part = args.ranks > 1 ? blockIdx.y * args.ranks + block
+                     : whole        ? -1
+                                    : 2 * block + (first == 0);
     visit(Segment{at.m_tile, at.n_tile, first * kGemmUnitBlocks, min(last * kGemmUnitBlocks, args.k_blocks),
-                  whole ? -1 : 2 * block + (first == 0)});
+                  part});
     unit += last - first;
   }
 }
 
-// Four features of token 8 * j + 2 * t + e, out of a thread's accumulators.
-template <int kSize>
-__device__ __forceinline__ float4 features_of(const float (&d)[2][kSize], int j, int e) {
-  return {d[0][4 * j + e], d[0][4 * j + 2 + e], d[1][4 * j + e], d[1][4 * j + 2 + e]};
-}
+// A tile of y: kWarpTiles 16-row tiles of features for each consumer warp, so one n-block or half of it.
+template <int kTokens, int kWarpgroups, int kWarpTiles>
+struct TileLayout {
+  using L = Layout<2>;
+  static_assert(L::kTiles == 2 && (kWarpTiles == 1 || kWarpTiles == 2));
+  static constexpr int kWarps = kWarpgroups * 4;
+  static constexpr int kBlocks = kWarps * kWarpTiles / L::kTiles;  // n-blocks
+  static constexpr int kFeatures = kBlocks * L::kBlockN;
+  static constexpr int kSums = kTokens / 2;  // accumulators of a thread for one 64 x kTokens product
+  // A thread's sums as float4: row r of a warpgroup's is d[.][..] of its 128 threads.
+  static constexpr int kRows = kTokens * kWarpTiles / 8;
 
-// Shared memory: for each stage x, words and rows of scales; then the barriers.
-template <int kTokens, int kWarpgroups, int kGroupSize, bool kHasZeros, int kStages>
+  // The lane's first feature in the tile: of 2 * kWarpTiles.
+  static __device__ __forceinline__ int first_feature(int warp, int lane) {
+    return warp * kWarpTiles / L::kTiles * L::kBlockN + lane / 4 * 4 +
+           (kWarpTiles == 1 ? warp % L::kTiles * 2 : 0);
+  }
+
+  // Row r of a thread's accumulators: four features of a token, or two of two tokens.
+  static __device__ __forceinline__ float4 row_of(const float (&d)[kWarpTiles][kSums], int r) {
+    if constexpr (kWarpTiles == 2) {
+      const int at = r / 2 * 4 + r % 2;
+      return {d[0][at], d[0][at + 2], d[1][at], d[1][at + 2]};
+    } else {
+      return {d[0][4 * r], d[0][4 * r + 2], d[0][4 * r + 1], d[0][4 * r + 3]};
+    }
+  }
+
+  // y = row r of a thread of `warpgroup`.
+  template <typename T>
+  static __device__ __forceinline__ void store(const GemmArgs& args, const TilePosition& at, int warpgroup,
+                                               int r, const float4& v) {
+    const int warp = warpgroup * 4 + threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int feature = at.n_tile * kFeatures + first_feature(warp, lane);
+    const int token = at.m_tile * kTokens + (kWarpTiles == 2 ? r / 2 * 8 + r % 2 : r * 8) + lane % 4 * 2;
+    if (feature >= args.n || token >= args.m) return;
+    const int64_t y_at = static_cast<int64_t>(token) * args.n + feature;
+    if constexpr (kWarpTiles == 2) {
+      store_outputs<T>(args.y, y_at, v, args.y_is_f32);
+    } else {
+      store_outputs<T>(args.y, y_at, make_float2(v.x, v.y), args.y_is_f32);
+      if (token + 1 < args.m) store_outputs<T>(args.y, y_at + args.n, make_float2(v.z, v.w), args.y_is_f32);
+    }
+  }
+};
+
+// Shared memory: for each stage x, words and rows of scales; then the barriers. A stage is one unit of K.
+template <typename Tile, int kTokens, int kGroupSize, bool kHasZeros, int kStages>
 struct GemmSmem {
   using L = Layout<2>;
-  static constexpr int kBlocks = kWarpgroups * 4;  // n-blocks of a tile: one for each warp
-  static constexpr int kFeatures = kBlocks * L::kBlockN;
+  static constexpr int kUnitK = kGemmUnitBlocks * L::kBlockK;
   static constexpr int kBlockBytes = L::kWordsPerBlock * 4;
-  static constexpr int kXBytes = kTokens * L::kBlockK * 2;
-  // Rows of scales in a block. On the weights they are applied half a block at a time, whatever the group size.
-  static constexpr int kRows = kGroupSize == 0 ? L::kHalves : std::max(1, L::kBlockK / kGroupSize);
-  static constexpr int kScaleRowBytes = kFeatures * 4;  // room for float32
+  static constexpr int kXBlockBytes = kTokens * L::kBlockK * 2;  // of one block of K
+  static constexpr int kXBytes = kGemmUnitBlocks * kXBlockBytes;
+  static constexpr int kWordRowBytes = Tile::kBlocks * kBlockBytes;  // of one block of K
+  static constexpr int kRows =
+      kUnitK / (kGroupSize == 0 ? kSmallestGroup : kGroupSize);  // of scales, at most
+  static constexpr int kScaleRowBytes = Tile::kFeatures * (kGroupSize == 0 ? 2 : 4);
   static constexpr int kWords = kXBytes;
-  static constexpr int kScales = kWords + kBlocks * kBlockBytes;
+  static constexpr int kScales = kWords + kGemmUnitBlocks * kWordRowBytes;
   static constexpr int kAlignment = 1024;  // of the swizzle
   static constexpr int kStageBytes =
       (kScales + kRows * (kHasZeros ? 2 : 1) * kScaleRowBytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -153,13 +227,12 @@ struct RingPosition {
 
 // Registers of a thread: the kernel starts with the same number for all, then the producers leave what
 // the consumers take.
-template <bool kHasZeros>
-inline constexpr int kProducerRegisters = kHasZeros ? 48 : 40;
-template <int kWarpgroups, bool kHasZeros>
+inline constexpr int kProducerRegisters = 32;
+template <int kWarpgroups>
 inline constexpr int kConsumerRegisters = [] {
   constexpr int kGroups = kWarpgroups + 1;
   constexpr int kAtStart = 65536 / (kGroups * 128) / 8 * 8;
-  return (kAtStart * kGroups - kProducerRegisters<kHasZeros>) / kWarpgroups / 8 * 8;
+  return (kAtStart * kGroups - kProducerRegisters) / kWarpgroups / 8 * 8;
 }();
 
 template <typename T>
@@ -196,16 +269,17 @@ __device__ __forceinline__ void unrolled(F f) {
   unrolled_over(f, std::make_integer_sequence<int, kCount>{});
 }
 
-template <typename T, int kTokens, int kWarpgroups, int kGroupSize, bool kHasZeros, int kStages>
+template <typename T, int kTokens, int kWarpgroups, int kWarpTiles, int kGroupSize, bool kHasZeros,
+          int kStages>
 __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ GemmArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<2>;
   constexpr bool kScaledSums = kGroupSize > 0;
-  using Smem = GemmSmem<kTokens, kWarpgroups, kGroupSize, kHasZeros, kStages>;
-  constexpr int kRows = Smem::kRows;
-  constexpr int kRowK = L::kBlockK / kRows;
-  constexpr int kSums = kTokens / 2;  // accumulators of a thread for one 64 x kTokens product
+  using Tile = TileLayout<kTokens, kWarpgroups, kWarpTiles>;
+  using Smem = GemmSmem<Tile, kTokens, kGroupSize, kHasZeros, kStages>;
+  constexpr int kSums = Tile::kSums;
+  constexpr int kHalfK = L::kBlockK / L::kHalves;
 
   extern __shared__ char raw_shared[];
   const uint32_t shared =
@@ -217,236 +291,338 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), kWarpgroups * 4);
-    }
-    barrier_init_fence();
-  }
-  __syncthreads();
-
+  // The consumers wait for the producer to have made the barriers; it goes on at once.
+  constexpr int kWorkingWarps = kWarpgroups * 4 + 1;
   RingPosition<kStages> ring;
 
+  // One warp, of which one thread asks for the copies.
   const auto produce = [&] {
+    const bool asks = elect_one();
+    if (asks) {
+      prefetch_map(x_map);
+      for (int stage = 0; stage < kStages; ++stage) {
+        barrier_init(full(stage), 1);
+        barrier_init(empty(stage), kWarpgroups * 128);
+      }
+      barrier_init_fence();
+    }
+    arrive_at_barrier<0, kWorkingWarps>();
+    const int rows = kScaledSums ? Smem::kRows : args.unit_rows;
     for_each_segment(args, [&](const Segment& segment) {
-      const int n_first = segment.n_tile * Smem::kBlocks;
-      const int word_bytes = min(Smem::kBlocks, args.n_blocks - n_first) * Smem::kBlockBytes;
-      const uint4* words =
-          args.words +
-          (static_cast<int64_t>(segment.first_block) * args.n_blocks + n_first) * (Smem::kBlockBytes / 16);
-      const int feature = segment.n_tile * Smem::kFeatures;
+      const int n_first = segment.n_tile * Tile::kBlocks;
+      const int word_bytes = min(Tile::kBlocks, args.n_blocks - n_first) * Smem::kBlockBytes;
+      const int64_t word_row = static_cast<int64_t>(args.n_blocks) * Smem::kBlockBytes;
+      const char* words = reinterpret_cast<const char*>(args.words) + segment.first_block * word_row +
+                          static_cast<int64_t>(n_first) * Smem::kBlockBytes;
+      const int feature = segment.n_tile * Tile::kFeatures;
       const int scale_size = args.scales_are_f32 ? 4 : 2;
-      const int scale_bytes = min(Smem::kFeatures, args.n - feature) * scale_size;
-      for (int block = segment.first_block; block < segment.last_block; ++block) {
+      const int scale_bytes = min(Tile::kFeatures, args.n - feature) * scale_size;
+      const int all_scale_bytes = rows * (kHasZeros ? 2 : 1) * scale_bytes;
+      const int64_t scale_row = static_cast<int64_t>(args.group_stride) * scale_size;
+      const int64_t first_scale = static_cast<int64_t>(feature) * scale_size;
+      for (int block = segment.first_block; block < segment.last_block; block += kGemmUnitBlocks) {
         barrier_wait(empty(ring.stage), ring.parity ^ 1);
-        const uint32_t to = stage_at(ring.stage), arrived = full(ring.stage);
-        barrier_arrive_expecting(arrived,
-                                 Smem::kXBytes + word_bytes + kRows * (kHasZeros ? 2 : 1) * scale_bytes);
-        copy_bulk(to + Smem::kWords, words, word_bytes, arrived);
-        copy_box(to, x_map, block * L::kBlockK, segment.m_tile * kTokens, arrived);
+        if (asks) {
+          const uint32_t to = stage_at(ring.stage), arrived = full(ring.stage);
+          const int blocks = min(kGemmUnitBlocks, args.k_blocks - block);  // K may end inside a unit
+          barrier_arrive_expecting(arrived, Smem::kXBytes + blocks * word_bytes + all_scale_bytes);
+          copy_bulk(to + Smem::kWords, words, word_bytes, arrived);
+          if (blocks == kGemmUnitBlocks)
+            copy_bulk(to + Smem::kWords + Smem::kWordRowBytes, words + word_row, word_bytes, arrived);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const int64_t row = min((block * L::kBlockK + i * kRowK) >> args.group_shift, args.groups - 1);
-          const int64_t from = (row * args.group_stride + feature) * scale_size;
-          const uint32_t to_row = to + Smem::kScales + i * Smem::kScaleRowBytes;
-          copy_bulk(to_row, static_cast<const char*>(args.scales) + from, scale_bytes, arrived);
-          if constexpr (kHasZeros) {
-            copy_bulk(to_row + kRows * Smem::kScaleRowBytes, static_cast<const char*>(args.zeros) + from,
-                      scale_bytes, arrived);
+          for (int j = 0; j < kGemmUnitBlocks; ++j)  // past K it brings zeros
+            copy_box(to + j * Smem::kXBlockBytes, x_map, (block + j) * L::kBlockK, segment.m_tile * kTokens,
+                     arrived);
+#pragma unroll 1
+          for (int i = 0; i < rows; ++i) {
+            const int row =
+                min((block * L::kBlockK + i * (Smem::kUnitK / rows)) >> args.group_shift, args.groups - 1);
+            const int64_t from = row * scale_row + first_scale;
+            const uint32_t to_row = to + Smem::kScales + i * Smem::kScaleRowBytes;
+            copy_bulk(to_row, static_cast<const char*>(args.scales) + from, scale_bytes, arrived);
+            if constexpr (kHasZeros) {
+              copy_bulk(to_row + Smem::kRows * Smem::kScaleRowBytes,
+                        static_cast<const char*>(args.zeros) + from, scale_bytes, arrived);
+            }
           }
         }
-        words += static_cast<int64_t>(args.n_blocks) * (Smem::kBlockBytes / 16);
+        words += kGemmUnitBlocks * word_row;
         ring.advance();
       }
     });
   };
 
   const auto consume = [&] {
-    float sums[L::kTiles][kSums];  // of the products
-    float total[kScaledSums ? L::kTiles : 1][kScaledSums ? kSums : 1];
-    // The A fragments of some words: one is being made while the tensor cores have the others to read.
-    constexpr int kSets = kHasZeros || kGroupSize == 32 ? 2 : 4;
-    uint32_t a[kSets][L::kStepsPerWord][4];
-    const int feature_of_tile = warp * L::kBlockN + lane / 4 * 4;  // the first of the lane's four
+    wait_at_barrier<0, kWorkingWarps>();
+    float sums[kWarpTiles][kSums];  // of the products
+    float total[kScaledSums ? kWarpTiles : 1][kScaledSums ? kSums : 1];
+    const int first_feature = Tile::first_feature(warp, lane);
+    const int block_of_warp = warp * kWarpTiles / L::kTiles;
+    const bool second_tile = kWarpTiles == 1 && warp % L::kTiles == 1;
 
     const auto wait_for = [&](const RingPosition<kStages>& at) { barrier_wait(full(at.stage), at.parity); };
-    const auto load_words = [&](int stage) {
-      return load_shared_16(stage_at(stage) + Smem::kWords + warp * Smem::kBlockBytes + lane * 16);
+    // The lane's words of a unit: [block of K][half][16-row tile].
+    using Words = uint32_t[kGemmUnitBlocks][L::kHalves][kWarpTiles];
+    const auto load_words = [&](Words& words, int stage) {
+      const uint32_t from = stage_at(stage) + Smem::kWords + block_of_warp * Smem::kBlockBytes + lane * 16;
+#pragma unroll
+      for (int j = 0; j < kGemmUnitBlocks; ++j) {
+        const uint4 four = load_shared_16(from + j * Smem::kWordRowBytes);
+        if constexpr (kWarpTiles == 2) {
+          words[j][0][0] = four.x, words[j][0][1] = four.y;
+          words[j][1][0] = four.z, words[j][1][1] = four.w;
+        } else {
+          words[j][0][0] = second_tile ? four.y : four.x;
+          words[j][1][0] = second_tile ? four.w : four.z;
+        }
+      }
     };
-    const auto release = [&](int stage) {
-      if (lane == 0) barrier_arrive(empty(stage));
-    };
-    // x of `stage`, from the k-th on of the block.
-    const auto x_at = [&](int stage, int k) { return swizzled_descriptor(stage_at(stage)) + k * 2 / 16; };
+    // Every thread for itself: that took 2 % less time than one for its warp.
+    const auto release = [&](int stage) { barrier_arrive(empty(stage)); };
 
-    // d += a word's weights @ its part of x, then waits until a set of fragments is free.
-    const auto multiply = [&](float (&d)[kSums], const uint32_t (&fragments)[L::kStepsPerWord][4],
-                              int stage, int half, bool accumulate) {
-      wgmma_fence();
+    // d += a word's weights @ its part of x; the word is the `half`-th of its block of K, x of which is at
+    // `x_block`.
+    const auto multiply_word = [&](float (&d)[kSums], const uint32_t (&fragments)[L::kStepsPerWord][4],
+                                   uint64_t x_block, int half, bool accumulate) {
 #pragma unroll
       for (int q = 0; q < L::kStepsPerWord; ++q)
-        Wgmma<T, kTokens>::mma(d, fragments[q], x_at(stage, half * L::kBlockK / L::kHalves + q * 16),
+        Wgmma<T, kTokens>::mma(d, fragments[q], x_block + (half * kHalfK + q * 16) * 2 / 16,
                                accumulate || q > 0);
-      wgmma_commit();
-      wgmma_wait<kSets - 1>();
+    };
+    const auto x_of = [&](int stage, int block) {
+      return swizzled_descriptor(stage_at(stage) + block * Smem::kXBlockBytes);
     };
 
-    // Scales on the weights.
+    // Scales on the weights: words go to the tensor cores one by one, up to four at a time.
     const auto multiply_scaled_weights = [&](const Segment& segment) {
+      constexpr int kSets = 4;
+      uint32_t a[kSets][L::kStepsPerWord][4];
       int stage_in_use = -1;  // whose x the tensor cores may still read
-      for (int block = segment.first_block; block < segment.last_block; ++block) {
+      for (int block = segment.first_block; block < segment.last_block; block += kGemmUnitBlocks) {
         wait_for(ring);
-        const uint4 four = load_words(ring.stage);
-        const uint32_t words[L::kWordsPerLane] = {four.x, four.y, four.z, four.w};
-        uint2 scales[L::kHalves];
-#pragma unroll
-        for (int half = 0; half < L::kHalves; ++half) {
-          scales[half] = load_shared_8(stage_at(ring.stage) + Smem::kScales + half * Smem::kScaleRowBytes +
-                                       feature_of_tile * 2);
-          const bool past_k = (block * L::kBlockK + half * kRowK) >> args.group_shift >= args.groups;
-          if (past_k) scales[half] = make_uint2(0, 0);
-        }
-        unrolled<L::kWordsPerLane>([&](auto word_) {
-          constexpr int word = decltype(word_)::value, half = word / L::kTiles, i = word % L::kTiles;
-          dequantize_word<T, 2>(a[word], words[word]);
-          const uint32_t pair = i == 0 ? scales[half].x : scales[half].y;
-          const uint32_t of_row[2] = {__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)};
-#pragma unroll
-          for (int q = 0; q < L::kStepsPerWord; ++q) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) a[word][q][r] = mul2<T>(a[word][q][r], of_row[r % 2]);
+        Words words;
+        load_words(words, ring.stage);
+        const uint32_t scales_at = stage_at(ring.stage) + Smem::kScales + first_feature * 2;
+        unrolled<kGemmUnitBlocks * L::kHalves>([&](auto step_) {
+          constexpr int step = decltype(step_)::value, j = step / L::kHalves, half = step % L::kHalves;
+          // The step's row of scales; past K there is none.
+          const uint32_t row = scales_at + (step >> args.row_shift) * Smem::kScaleRowBytes;
+          uint2 scales;
+          if constexpr (kWarpTiles == 2) {
+            scales = load_shared_8(row);
+          } else {
+            scales.x = load_shared_4(row);
           }
-          multiply(sums[i], a[word], ring.stage, half, half > 0 || block > segment.first_block);
-          if constexpr (word == L::kWordsPerLane - 2) {
-            if (stage_in_use >= 0) release(stage_in_use);
-            stage_in_use = ring.stage;
-          }
+          const bool past_k = (block * L::kBlockK + step * kHalfK) >> args.group_shift >= args.groups;
+          if (past_k) scales = make_uint2(0, 0);
+          unrolled<kWarpTiles>([&](auto tile_) {
+            constexpr int i = decltype(tile_)::value, turn = step * kWarpTiles + i, set = turn % kSets;
+            const uint32_t pair = i == 0 ? scales.x : scales.y;
+            const uint32_t of_row[2] = {__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)};
+            dequantize_word<T, 2>(a[set], words[j][half][i]);
+#pragma unroll
+            for (int q = 0; q < L::kStepsPerWord; ++q) {
+#pragma unroll
+              for (int r = 0; r < 4; ++r) a[set][q][r] = mul2<T>(a[set][q][r], of_row[r % 2]);
+            }
+            wgmma_fence();
+            multiply_word(sums[i], a[set], x_of(ring.stage, j), half,
+                          step > 0 || block > segment.first_block);
+            wgmma_commit();
+            wgmma_wait<kSets - 1>();
+            if constexpr (turn == kSets - 1) {
+              if (stage_in_use >= 0) release(stage_in_use);
+              stage_in_use = ring.stage;
+            }
+          });
         });
         ring.advance();
       }
       wgmma_wait<0>();
-      pin(sums[0]);
-      pin(sums[1]);
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i) pin(sums[i]);
       release(stage_in_use);
     };
 
-    // Scales on the sums of a group: the first 16-row tiles of the warps, then the second, and while the tensor
-    // cores make one, the other's sums are scaled and added up.
+    // Scales on the sums of a group: all words of the first 16-row tiles of the warps, then of the second; while
+    // the tensor cores make one, the other's sums are scaled and added up.
     const auto multiply_and_scale_sums = [&](const Segment& segment) {
-      constexpr int kBlocks = std::max(1, kGroupSize / L::kBlockK);  // in a turn
-      constexpr int kParts = kRows;                                  // groups in a turn
+      constexpr int kGroups = Smem::kRows;                            // in a unit
+      constexpr int kWords = kGemmUnitBlocks * L::kHalves / kGroups;  // of a group and tile
 #pragma unroll
-      for (int i = 0; i < L::kTiles; ++i) {
+      for (int i = 0; i < kWarpTiles; ++i) {
 #pragma unroll
         for (int r = 0; r < kSums; ++r) total[i][r] = sums[i][r] = 0.f;
       }
-      float scales[L::kTiles][2] = {};  // of the sums
-      float rest[L::kTiles][2] = {};    // of the zero points, see split_zero
-      uint32_t shift[L::kTiles][2] = {};
-      [[maybe_unused]] int x_sums[L::kTiles] = {};  // where the tile's are, for this thread's first token
-      const auto load_scales_of = [&](auto tile_, int stage, int block, int row) {
-        constexpr int i = decltype(tile_)::value;
-        const int group = (block * L::kBlockK + row * kRowK) >> args.group_shift;
-        const uint32_t from = stage_at(stage) + Smem::kScales + row * Smem::kScaleRowBytes;
-        const auto load = [&](float (&to)[2], uint32_t from) {
-          if (args.scales_are_f32) {
-            const uint2 raw = load_shared_8(from + (feature_of_tile + 2 * i) * 4);
-            to[0] = __uint_as_float(raw.x), to[1] = __uint_as_float(raw.y);
-          } else {
-            const uint32_t raw = load_shared_4(from + (feature_of_tile + 2 * i) * 2);
-            const T* pair = reinterpret_cast<const T*>(&raw);
-            to[0] = static_cast<float>(pair[0]), to[1] = static_cast<float>(pair[1]);
-          }
-        };
-        load(scales[i], from);
-        if (kRows > 1 && group >= args.groups) scales[i][0] = scales[i][1] = 0.f;  // past K
-        if constexpr (kHasZeros) {
-          load(rest[i], from + kRows * Smem::kScaleRowBytes);
-          for (int b = 0; b < 2; ++b) split_zero<T>(rest[i][b], shift[i][b], L::kZeroPoint);
-          const int sum = (block * L::kBlockK + row * kRowK) / kGroupSize;  // one group is met as several
-          x_sums[i] = (kRows > 1 ? min(sum, args.groups - 1) : sum) * args.x_sums_stride +
-                      segment.m_tile * kTokens + lane % 4 * 2;
+      uint32_t a[kWarpTiles][kWords][L::kStepsPerWord][4];
+      constexpr int kLaneFeatures = 2 * kWarpTiles;
+      float scales[kLaneFeatures];
+      float rest[kLaneFeatures] = {};  // of the zero points, see split_zero
+      uint32_t shift[kLaneFeatures] = {};
+      [[maybe_unused]] int x_sums[kWarpTiles] = {};  // where the tile's are, for this thread's first token
+      const auto load_row = [&](float (&to)[kLaneFeatures], uint32_t row) {
+        if (args.scales_are_f32) {
+          load_scales<float>(to, row + first_feature * 4);
+        } else {
+          load_scales<T>(to, row + first_feature * 2);
         }
       };
-      const auto add_tile = [&](auto tile_) {
+      const auto load_scales_of = [&](int stage, int block, int group) {
+        const uint32_t row = stage_at(stage) + Smem::kScales + group * Smem::kScaleRowBytes;
+        const int k = block * L::kBlockK + group * kGroupSize;
+        load_row(scales, row);
+        if (kGroups > 1 && k >> args.group_shift >= args.groups) {  // past K
+          for (float& scale : scales) scale = 0.f;
+        }
+        if constexpr (kHasZeros) {
+          load_row(rest, row + Smem::kRows * Smem::kScaleRowBytes);
+#pragma unroll
+          for (int i = 0; i < kLaneFeatures; ++i) {
+            split_zero<T>(rest[i], shift[i], L::kZeroPoint);
+            if (k >= args.x_groups * kGroupSize)
+              rest[i] = 0.f;  // past K, where one group is met as several
+          }
+        }
+      };
+      const auto x_sums_of = [&](int block, int group) {
+        const int row = block * L::kBlockK / std::max(kGroupSize, 1) + group;
+        return min(row, args.x_groups - 1) * args.x_sums_stride + segment.m_tile * kTokens + lane % 4 * 2;
+      };
+      // Of a group's scales and zeros, which are the tile's own: the next group's may have been loaded by now.
+      const auto add_tile = [&](auto tile_, const float (&scale)[2], const float (&more)[2]) {
         constexpr int i = decltype(tile_)::value;
         pin(sums[i]);
 #pragma unroll
         for (int r = 0; r < kSums; ++r) {
           float sum = sums[i][r];
-          if constexpr (kHasZeros) {
-            sum = fmaf(rest[i][r / 2 % 2], __ldg(args.x_sums + x_sums[i] + r / 4 * 8 + r % 2), sum);
-          }
-          total[i][r] = fmaf(scales[i][r / 2 % 2], sum, total[i][r]);
+          if constexpr (kHasZeros)
+            sum = fmaf(more[r / 2 % 2], __ldg(args.x_sums + x_sums[i] + r / 4 * 8 + r % 2), sum);
+          total[i][r] = fmaf(scale[r / 2 % 2], sum, total[i][r]);
         }
         pin(total[i]);
       };
-      for (int block = segment.first_block; block < segment.last_block; block += kBlocks) {
-        RingPosition<kStages> at[kBlocks];
-        uint32_t words[kBlocks][L::kWordsPerLane];
-#pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-          at[j] = ring;
-          ring.advance();
-          wait_for(at[j]);
-          const uint4 four = load_words(at[j].stage);
-          words[j][0] = four.x, words[j][1] = four.y, words[j][2] = four.z, words[j][3] = four.w;
+      // Words are fetched while the tensor cores work on those before; with zeros there are no registers for that.
+      constexpr bool kAhead = !kHasZeros;
+      Words words;
+      if constexpr (kAhead) {
+        wait_for(ring);
+        load_words(words, ring.stage);
+      }
+      for (int block = segment.first_block; block < segment.last_block; block += kGemmUnitBlocks) {
+        if constexpr (!kAhead) {
+          wait_for(ring);
+          load_words(words, ring.stage);
         }
-        // Words in this order: groups of the turn, tiles, the group's words.
-        constexpr int kWords = kBlocks * L::kHalves / kParts;  // of a group and tile
-        unrolled<kParts * L::kTiles * kWords>([&](auto step_) {
-          constexpr int step = decltype(step_)::value;
-          constexpr int word = step % kWords, i = step / kWords % L::kTiles,
-                        part = step / kWords / L::kTiles;
-          constexpr int j = word / L::kHalves, half = kParts == 1 ? word % L::kHalves : part,
-                        set = step % kSets;
-          if constexpr (word == 0) load_scales_of(Constant<i>{}, at[0].stage, block, part);
-          // Not before the tensor cores have left a set of registers.
-          asm volatile("" : "+r"(words[j][half * L::kTiles + i]));
-          dequantize_word<T, 2>(a[set], words[j][half * L::kTiles + i]);
-          if constexpr (kHasZeros) {
+        RingPosition<kStages> next = ring;
+        next.advance();
+        float scale[kWarpTiles][2], more[kWarpTiles][2];  // of the group that a tile's sums are of
+        unrolled<kGroups * kWarpTiles>([&](auto step_) {
+          constexpr int step = decltype(step_)::value, i = step % kWarpTiles, group = step / kWarpTiles;
+          if constexpr (i == 0) load_scales_of(ring.stage, block, group);
+          scale[i][0] = scales[2 * i], scale[i][1] = scales[2 * i + 1];
+          more[i][0] = rest[2 * i], more[i][1] = rest[2 * i + 1];
+          if constexpr (kHasZeros) x_sums[i] = x_sums_of(block, group);
+          unrolled<kWords>([&](auto word_) {
+            constexpr int word = decltype(word_)::value, at = group * kWords + word;
+            // Not before the tensor cores have left these registers.
+            uint32_t packed = words[at / L::kHalves][at % L::kHalves][i];
+            asm volatile("" : "+r"(packed));
+            dequantize_word<T, 2>(a[i][word], packed);
+            if constexpr (kHasZeros) {
 #pragma unroll
-            for (int q = 0; q < L::kStepsPerWord; ++q) {
+              for (int q = 0; q < L::kStepsPerWord; ++q) {
 #pragma unroll
-              for (int r = 0; r < 4; ++r) a[set][q][r] = add2<T>(a[set][q][r], shift[i][r % 2]);
+                for (int r = 0; r < 4; ++r)
+                  a[i][word][q][r] = add2<T>(a[i][word][q][r], shift[2 * i + r % 2]);
+              }
+            }
+          });
+          wgmma_fence();
+          unrolled<kWords>([&](auto word_) {
+            constexpr int word = decltype(word_)::value, at = group * kWords + word;
+            multiply_word(sums[i], a[i][word], x_of(ring.stage, at / L::kHalves), at % L::kHalves,
+                          word > 0);
+          });
+          wgmma_commit();
+          constexpr bool kLast = step == kGroups * kWarpTiles - 1;
+          if constexpr (kAhead && kLast) {
+            if (block + kGemmUnitBlocks < segment.last_block) {
+              wait_for(next);
+              load_words(words, next.stage);
             }
           }
-          multiply(sums[i], a[set], at[j].stage, half, word > 0);
-          // The first tile's words are through when kSets - 1 of the second are not.
-          constexpr int kFirstIsDone = std::min(kWords, kSets - 1) - 1;
-          if constexpr (i == 1 && word == kFirstIsDone) {
-            if constexpr (kWords < kSets - 1) wgmma_wait<kWords>();
-            add_tile(Constant<0>{});
+          if constexpr (kWarpTiles == 2 && step > 0) {
+            wgmma_wait<1>();
+            add_tile(Constant<1 - i>{}, scale[1 - i], more[1 - i]);
           }
-          // The second tile's sums cannot wait for the next group's words as well: ptxas then serialises the wgmma.
-          if constexpr (i == 1 && word == kWords - 1) {
+          if constexpr (kWarpTiles == 1 || kLast) {
             wgmma_wait<0>();
-            if constexpr (part == kParts - 1) {
-              for (int j = 0; j < kBlocks; ++j) release(at[j].stage);
-            }
-            add_tile(Constant<1>{});
+            if constexpr (kLast) release(ring.stage);
+            add_tile(Constant<i>{}, scale[i], more[i]);
           }
         });
+        ring = next;
       }
     };
 
-    const auto store = [&](const Segment& segment, const auto& d) {
-      const int feature = segment.n_tile * Smem::kFeatures + feature_of_tile;
-      const int token0 = segment.m_tile * kTokens + lane % 4 * 2;
+    // Where this thread's sums of a row of a part are.
+    const auto part_at = [&](int part, int row) {
+      return args.parts + (static_cast<int64_t>(part) * Tile::kRows * kWarpgroups + row) * 128 +
+             threadIdx.x % 128;
+    };
+
+    const auto store = [&](const Segment& segment, const float (&d)[kWarpTiles][kSums]) {
+      const TilePosition at = {segment.m_tile, segment.n_tile};
+      const int first_row = warpgroup * Tile::kRows;
+      if (args.ranks == 1) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float4 v = features_of(d, j, e);
-          const int token = token0 + 8 * j + e;
+        for (int r = 0; r < Tile::kRows; ++r) {
+          const float4 v = Tile::row_of(d, r);
           if (segment.part >= 0) {
-            const int64_t row =
-                (static_cast<int64_t>(segment.part) * kWarpgroups + warpgroup) * (kTokens / 4);
-            args.parts[(row + 2 * j + e) * 128 + threadIdx.x % 128] = v;
-          } else if (feature < args.n && token < args.m) {
-            store_outputs<T>(args.y, static_cast<int64_t>(token) * args.n + feature, v, args.y_is_f32);
+            *part_at(segment.part, first_row + r) = v;
+          } else {
+            Tile::template store<T>(args, at, warpgroup, r, v);
           }
+        }
+        return;
+      }
+      // The blocks of the cluster add up some rows each, in the order of their ranks; the others' they leave in
+      // memory.
+      const int rank = blockIdx.x;
+      const auto next = [&](int owner) { return owner + 1 == args.ranks ? 0 : owner + 1; };
+      int owner = 0;
+#pragma unroll
+      for (int r = 0; r < Tile::kRows; ++r, owner = next(owner)) {
+        if (owner != rank) *part_at(segment.part, first_row + r) = Tile::row_of(d, r);
+      }
+      cluster_arrive();
+      cluster_wait();
+      constexpr int kMost = kWarpTiles == 1 ? 16 : 8;  // rows on their way
+      constexpr int kAtOnce = Tile::kRows % kMost == 0 ? kMost : Tile::kRows / ceil_div(Tile::kRows, kMost);
+      static_assert(Tile::kRows % kAtOnce == 0);
+      owner = 0;
+#pragma unroll
+      for (int first = 0; first < Tile::kRows; first += kAtOnce) {
+        bool mine[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i, owner = next(owner)) mine[i] = owner == rank;
+        float4 sum[kAtOnce] = {};
+        for (int other = 0; other < args.ranks; ++other) {
+          float4 v[kAtOnce] = {};
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            if (other == rank) {
+              v[i] = Tile::row_of(d, first + i);
+            } else if (mine[i]) {
+              v[i] = __ldcg(part_at(segment.part - rank + other, first_row + first + i));
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) sum[i] = other == 0 ? v[i] : sum[i] + v[i];
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (mine[i]) Tile::template store<T>(args, at, warpgroup, first + i, sum[i]);
         }
       }
     };
@@ -460,46 +636,38 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         store(segment, sums);
       }
     });
+    allow_dependents();  // add_gemm_parts may be brought up
   };
 
   if (warpgroup == kWarpgroups) {
-    give_registers<kProducerRegisters<kHasZeros>>();
-    if (threadIdx.x == kWarpgroups * 128) produce();
+    give_registers<kProducerRegisters>();
+    if (warp == kWarpgroups * 4) produce();
   } else {
-    take_registers<kConsumerRegisters<kWarpgroups, kHasZeros>>();
+    take_registers<kConsumerRegisters<kWarpgroups>>();
     consume();
   }
 #endif
 }
 
-// Adds up the parts of the tiles that were cut. blockIdx: x is the tile (after whole_tiles), y the
-// warpgroup, z the 8 tokens.
-template <typename T, int kTokens, int kWarpgroups>
-__global__ void __launch_bounds__(128) add_gemm_parts(const GemmArgs args, int grid) {
-  const int tiles = args.m_tiles * args.n_tiles - args.whole_tiles;
-  const Shares shares(tiles * args.units, grid);
+// Adds up the parts of the tiles that were cut. blockIdx: x is the tile (after whole_tiles), y the row of a
+// warpgroup's sums, z the warpgroup.
+template <typename T, int kTokens, int kWarpgroups, int kWarpTiles>
+__global__ void __launch_bounds__(128) add_gemm_parts(const __grid_constant__ GemmArgs args) {
+  using Tile = TileLayout<kTokens, kWarpgroups, kWarpTiles>;
+  wait_for_prerequisites();
   const int begin = blockIdx.x * args.units, end = begin + args.units;
-  const int first = shares.owner(begin), last = shares.owner(end - 1);
+  const int first = args.shares.owner(begin), last = args.shares.owner(end - 1);
   if (first == last) return;  // one block made it whole
-  const TilePosition at = tile_position(args, args.whole_tiles + blockIdx.x);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int feature =
-      ((at.n_tile * kWarpgroups + blockIdx.y) * 4 + warp) * Layout<2>::kBlockN + lane / 4 * 4;
-  if (feature >= args.n) return;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int token = at.m_tile * kTokens + blockIdx.z * 8 + lane % 4 * 2 + e;
-    if (token >= args.m) return;
-    float4 sum = {};
-    for (int block = first; block <= last; ++block) {
-      const int part = 2 * block + (shares.begin(block) <= begin);
-      const int64_t row =
-          (static_cast<int64_t>(part) * kWarpgroups + blockIdx.y) * (kTokens / 4) + blockIdx.z * 2 + e;
-      const float4 v = args.parts[row * 128 + threadIdx.x];
-      sum = block == first ? v : sum + v;
-    }
-    store_outputs<T>(args.y, static_cast<int64_t>(token) * args.n + feature, sum, args.y_is_f32);
+  const int row = blockIdx.z * Tile::kRows + blockIdx.y;
+  float4 sum = {};
+  for (int block = first; block <= last; ++block) {
+    const int part = 2 * block + (args.shares.begin(block) <= begin);
+    const float4 v =
+        args.parts[(static_cast<int64_t>(part) * kWarpgroups * Tile::kRows + row) * 128 + threadIdx.x];
+    sum = block == first ? v : sum + v;
   }
+  Tile::template store<T>(args, tile_position(args, args.whole_tiles + blockIdx.x), blockIdx.z, blockIdx.y,
+                          sum);
 }
 
 }  // namespace jax_trirun::cuda

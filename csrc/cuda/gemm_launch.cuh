@@ -64,12 +64,12 @@ inline std::string make_x_map(CUtensorMap& map, const MatmulArgs& args, int toke
 }
 
 template <GemmKernel kernel, typename T, int kGroupSize, bool kHasZeros>
-std::string launch_gemm_instance(const MatmulArgs& args, int sms, cudaStream_t stream) {
+std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, cudaStream_t stream) {
   constexpr GemmShape kShape = shape_of(kernel);
-  using Smem = GemmSmem<kShape.tokens, kShape.warpgroups, kGroupSize, kHasZeros, kShape.stages>;
+  using Tile = TileLayout<kShape.tokens, kShape.warpgroups, kShape.warp_tiles>;
+  using Smem = GemmSmem<Tile, kShape.tokens, kGroupSize, kHasZeros, kShape.stages>;
   static_assert(Smem::kBytes <= 227 * 1024, "what a thread block may have on sm_90");
   const Problem& p = args.problem;
-  const GemmPlan plan = plan_gemm(p, kShape, sms);
 
   GemmArgs gemm = {};
   gemm.words = reinterpret_cast<const uint4*>(args.words);
@@ -82,16 +82,18 @@ std::string launch_gemm_instance(const MatmulArgs& args, int sms, cudaStream_t s
   gemm.groups = static_cast<int>(p.groups);
   gemm.group_stride = p.groups == 1 ? 0 : gemm.n;
   gemm.group_shift = p.groups == 1 ? 31 : p.group_size() == 32 ? 5 : p.group_size() == 64 ? 6 : 7;
+  gemm.unit_rows = gemm.group_shift < 7 ? 128 >> gemm.group_shift : 1;
+  gemm.row_shift = std::min(gemm.group_shift, 7) - 5;
   gemm.scales_are_f32 = args.scale_type == DType::kF32;
   gemm.y_is_f32 = args.y_type == DType::kF32;
-  gemm.m_tiles = plan.m_tiles, gemm.n_tiles = plan.n_tiles;
-  gemm.band = plan.band, gemm.whole_tiles = plan.whole_tiles, gemm.units = plan.units;
+  fill_plan(gemm, plan);
 
   CUtensorMap x_map;
   if (std::string error = make_x_map(x_map, args, kShape.tokens); !error.empty()) return error;
   if constexpr (kHasZeros) {
     float* x_sums = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + gemm_part_bytes(p, kernel));
     gemm.x_sums = x_sums;
+    gemm.x_groups = static_cast<int>(ceil_div(p.k, kGroupSize));
     gemm.x_sums_stride = static_cast<int>(gemm_x_sums_stride(p));
     sum_groups<T><<<static_cast<unsigned>(ceil_div(gemm_x_sums(p), 8)), 256, 0, stream>>>(
         static_cast<const T*>(args.x), x_sums, gemm.m, static_cast<int>(p.k), kGroupSize,
@@ -100,44 +102,65 @@ std::string launch_gemm_instance(const MatmulArgs& args, int sms, cudaStream_t s
       return describe("launching sum_groups", error);
   }
 
-  const auto function =
-      gemm_kernel<T, kShape.tokens, kShape.warpgroups, kGroupSize, kHasZeros, kShape.stages>;
+  const auto function = gemm_kernel<T, kShape.tokens, kShape.warpgroups, kShape.warp_tiles, kGroupSize,
+                                    kHasZeros, kShape.stages>;
   cudaError_t error =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Smem::kBytes);
   if (error != cudaSuccess) return describe("cudaFuncSetAttribute", error);
-  function<<<plan.grid, (kShape.warpgroups + 1) * 128, Smem::kBytes, stream>>>(x_map, gemm);
-  error = cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = plan.ranks > 1 ? dim3(plan.ranks, plan.tiles()) : dim3(plan.grid);
+  config.blockDim = dim3((kShape.warpgroups + 1) * 128);
+  config.dynamicSmemBytes = Smem::kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = plan.ranks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = plan.ranks > 1 ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, function, x_map, gemm);
   if (error != cudaSuccess) return describe("launching the gemm kernel", error);
   if (plan.cut_tiles() == 0) return "";
-  add_gemm_parts<T, kShape.tokens, kShape.warpgroups>
-      <<<dim3(plan.cut_tiles(), kShape.warpgroups, kShape.tokens / 8), 128, 0, stream>>>(gemm, plan.grid);
-  error = cudaGetLastError();
+  config.gridDim = dim3(plan.cut_tiles(), Tile::kRows, kShape.warpgroups);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = 0;
+  cudaLaunchAttribute dependent = {};  // brought up while the first kernel ends
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &dependent;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config,
+                             add_gemm_parts<T, kShape.tokens, kShape.warpgroups, kShape.warp_tiles>, gemm);
   return error == cudaSuccess ? "" : describe("launching add_gemm_parts", error);
 }
 
-template <GemmKernel kernel, typename T, bool kHasZeros>
-std::string launch_gemm_for_groups(const MatmulArgs& args, int sms, cudaStream_t stream) {
+template <GemmKernel kernel, typename T, bool kHasZeros = false>
+std::string launch_gemm_for_groups(const MatmulArgs& args, const GemmPlan& plan, cudaStream_t stream) {
   switch (gemm_group_size(args.problem)) {
-    case 32: return launch_gemm_instance<kernel, T, 32, kHasZeros>(args, sms, stream);
-    case 64: return launch_gemm_instance<kernel, T, 64, kHasZeros>(args, sms, stream);
-    default: return launch_gemm_instance<kernel, T, 128, kHasZeros>(args, sms, stream);
+    case 32: return launch_gemm_instance<kernel, T, 32, kHasZeros>(args, plan, stream);
+    case 64: return launch_gemm_instance<kernel, T, 64, kHasZeros>(args, plan, stream);
+    default: return launch_gemm_instance<kernel, T, 128, kHasZeros>(args, plan, stream);
   }
 }
 
 template <typename T>
 std::string launch_gemm_of(const MatmulArgs& args, int sms, cudaStream_t stream) {
   const bool all_of_x_type = args.scale_type == args.x_type && args.y_type == args.x_type;
-  switch (choose_gemm_kernel(args.problem, all_of_x_type, args.zeros != nullptr)) {
-    case GemmKernel::kSums32:
-      return launch_gemm_for_groups<GemmKernel::kSums32, T, false>(args, sms, stream);
+  const auto [kernel, plan] = choose_gemm(args.problem, all_of_x_type, args.zeros != nullptr, sms);
+  switch (kernel) {
+    case GemmKernel::kSums16: return launch_gemm_for_groups<GemmKernel::kSums16, T>(args, plan, stream);
+    case GemmKernel::kSums32: return launch_gemm_for_groups<GemmKernel::kSums32, T>(args, plan, stream);
     case GemmKernel::kSums32Narrow:
-      return launch_gemm_for_groups<GemmKernel::kSums32Narrow, T, false>(args, sms, stream);
-    case GemmKernel::kSums64:
-      return launch_gemm_for_groups<GemmKernel::kSums64, T, false>(args, sms, stream);
+      return launch_gemm_for_groups<GemmKernel::kSums32Narrow, T>(args, plan, stream);
+    case GemmKernel::kSums64: return launch_gemm_for_groups<GemmKernel::kSums64, T>(args, plan, stream);
+    case GemmKernel::kSums64Narrow:
+      return launch_gemm_for_groups<GemmKernel::kSums64Narrow, T>(args, plan, stream);
     case GemmKernel::kZeros48:
-      return launch_gemm_for_groups<GemmKernel::kZeros48, T, true>(args, sms, stream);
+      return launch_gemm_for_groups<GemmKernel::kZeros48, T, true>(args, plan, stream);
     case GemmKernel::kWeights128:
-      return launch_gemm_instance<GemmKernel::kWeights128, T, 0, false>(args, sms, stream);
+      return launch_gemm_instance<GemmKernel::kWeights128, T, 0, false>(args, plan, stream);
+    case GemmKernel::kWeights128Narrow:
+      return launch_gemm_instance<GemmKernel::kWeights128Narrow, T, 0, false>(args, plan, stream);
   }
   return "matmul: no such kernel";
 }

@@ -11,27 +11,42 @@
 
 namespace jax_trirun::cuda {
 
-// The kernels of gemm.cuh that are compiled.
+// The kernels of gemm.cuh that are compiled. Narrow ones have tiles of fewer features, for small layers.
 enum class GemmKernel {
-  kSums32,        // scales on the sums of each group, tiles of 32 tokens
-  kSums32Narrow,  // the same, with fewer features: for small layers
-  kSums64,        // the same with 64 tokens
-  kZeros48,       // the same with zeros, whose registers leave room for 48 tokens
-  kWeights128     // scales on the weights, 128 tokens
+  kSums16,  // scales on the sums of each group, tiles of 16 tokens
+  kSums32,  // 32 tokens
+  kSums32Narrow,
+  kSums64,  // 64 tokens
+  kSums64Narrow,
+  kZeros48,     // the same with zeros, whose registers leave room for 48 tokens
+  kWeights128,  // scales on the weights, 128 tokens
+  kWeights128Narrow,
 };
 
+inline constexpr GemmKernel kGemmKernels[] = {GemmKernel::kSums16,       GemmKernel::kSums32,
+                                              GemmKernel::kSums32Narrow, GemmKernel::kSums64,
+                                              GemmKernel::kSums64Narrow, GemmKernel::kZeros48,
+                                              GemmKernel::kWeights128,   GemmKernel::kWeights128Narrow};
+
 struct GemmShape {
-  int tokens, warpgroups, stages;
-  int features() const { return warpgroups * 128; }
+  int tokens, warpgroups;
+  int warp_tiles;  // of 16 features for each warp: 2, or 1 for narrow tiles
+  int stages;
+  int unit_clocks;  // that a unit of K takes, measured on an H200
+  int features() const { return warpgroups * 4 * 16 * warp_tiles; }
+  int64_t tile_bytes() const { return int64_t{4} * tokens * features(); }  // of its float32 sums
 };
 
 constexpr GemmShape shape_of(GemmKernel kernel) {
   switch (kernel) {
-    case GemmKernel::kSums32: return {32, 3, 10};
-    case GemmKernel::kSums32Narrow: return {32, 2, 14};
-    case GemmKernel::kSums64: return {64, 2, 11};
-    case GemmKernel::kZeros48: return {48, 2, 10};
-    case GemmKernel::kWeights128: return {128, 2, 8};
+    case GemmKernel::kSums16: return {16, 3, 2, 8, 1300};
+    case GemmKernel::kSums32: return {32, 3, 2, 8, 1560};
+    case GemmKernel::kSums32Narrow: return {32, 2, 1, 10, 800};
+    case GemmKernel::kSums64: return {64, 2, 2, 8, 1620};
+    case GemmKernel::kSums64Narrow: return {64, 2, 1, 8, 1100};
+    case GemmKernel::kZeros48: return {48, 2, 2, 7, 2000};
+    case GemmKernel::kWeights128: return {128, 2, 2, 5, 2130};
+    case GemmKernel::kWeights128Narrow: return {128, 2, 1, 6, 1250};
   }
   return {};
 }
@@ -39,70 +54,129 @@ constexpr GemmShape shape_of(GemmKernel kernel) {
 // A unit of K is two blocks of the packed array, so that no group is cut.
 inline constexpr int kGemmUnitBlocks = 2;
 
+// Of tiles with more units only whole ones are made: 132 * kMostUnitsCut^2 is below 2^32, so that a multiplication
+// finds the tile of a unit.
+inline constexpr int kMostUnitsCut = 5000;
+
 // As many thread blocks as there are multiprocessors on the largest sm_90 GPU: scratch must be enough on all.
 inline constexpr int kMaxGemmGrid = 132;
 
-// From so many tokens on, the decode kernels are slower.
-inline constexpr int kMinGemmTokens = 17;
+// Two parts a thread block at most: the end of a tile, then the start of another.
+inline constexpr int kMaxGemmParts = 2 * kMaxGemmGrid;
+
+// The largest cluster that every sm_90 GPU runs.
+inline constexpr int kMaxRanks = 8;
 
 // Tiles and units of K are counted in int.
 inline constexpr int64_t kMaxGemmTokens = 1 << 20;
 
-// Packed words of a layer (8 MB) that give no thread block much to do.
-inline constexpr int64_t kSmallLayerWords = 2 << 20;
-
-// Whether scales are of x's type and y is too, and whether there are zeros, decide with M. A scale times a code
-// is exact in the scale's type (up to half its largest value), but then all of K is summed by the tensor
-// cores, which round towards zero: float32 results are worth the sums group by group.
-inline GemmKernel choose_gemm_kernel(const Problem& problem, bool all_of_x_type, bool zeros) {
-  if (zeros) return GemmKernel::kZeros48;
-  // 4096 x 4096 takes 10.9 us with narrow tiles and 13.1 with wide ones; 28672 x 8192 takes 45.8 and 43.3.
-  if (problem.m <= 32)
-    return problem.words<2>() < kSmallLayerWords ? GemmKernel::kSums32Narrow : GemmKernel::kSums32;
-  return problem.m <= 64 || !all_of_x_type ? GemmKernel::kSums64 : GemmKernel::kWeights128;
+// Whether the kernels of gemm.cuh are faster than those of decode.cuh. From 9 to 16 tokens they are for large layers:
+// 8192 x 57344 takes 59 us and 72, 28672 x 8192 34 and 42, 4096 x 28672 20.3 and 20.5.
+inline bool is_for_gemm(const Problem& problem, bool zeros) {
+  constexpr int64_t kLargeLayerWords = 3 << 20;  // 12 MB
+  return problem.m > 16 || (problem.m > 8 && !zeros && problem.words<2>() >= kLargeLayerWords);
 }
 
 struct GemmPlan {
-  int grid;
+  int grid;  // thread blocks, or with clusters: of one cluster's size for each tile
   int m_tiles, n_tiles, units;
   int whole_tiles;  // made by one thread block each; the others are cut along K into grid shares
   int band;         // tiles of M that are walked before the next tile of N
+  int ranks;        // thread blocks of a cluster that has a tile to itself, each a run of K; 1: no clusters
+  int rank_units;   // of K in such a run
+  int64_t clocks;   // estimated
 
-  int cut_tiles() const { return m_tiles * n_tiles - whole_tiles; }
+  int tiles() const { return m_tiles * n_tiles; }
+  int cut_tiles() const { return ranks > 1 ? 0 : tiles() - whole_tiles; }
 };
 
+// Clusters of so many thread blocks that run at the same time, as cudaOccupancyMaxActiveClusters counts them on an
+// H200 (132 multiprocessors in GPCs of 16 and 18, of which a cluster cannot cross the border). Only a guess where the
+// multiprocessors are not 132: results do not depend on it.
+inline int clusters_at_once(int ranks, int sms) {
+  constexpr int kOfH200[kMaxRanks] = {132, 66, 39, 30, 22, 17, 15, 15};
+  return std::max(1, kOfH200[ranks - 1] * sms / 132);
+}
+
 // Every thread block makes whole tiles, round by round. Those of the last, incomplete round are cut if that
-// gains more than writing and adding up the parts costs.
+// gains more than writing and adding up the parts costs. Or each tile has a cluster.
 inline GemmPlan plan_gemm(const Problem& problem, const GemmShape& shape, int sms) {
+  // Clocks, from bench/cuda_gemm_explore.cu on an H200: to begin, to add up the parts in a second kernel (through the
+  // L2 cache, at some 1,600 bytes a clock), or in a cluster (a thread block at 12 bytes a clock).
+  constexpr int64_t kStart = 3500, kOfParts = 4500, kOfCluster = 4300;
   GemmPlan plan = {};
   plan.m_tiles = static_cast<int>(ceil_div(problem.m, shape.tokens));
   plan.n_tiles = static_cast<int>(ceil_div(problem.n, shape.features()));
   plan.units = static_cast<int>(ceil_div(problem.k_blocks<2>(), kGemmUnitBlocks));
   // x of a band and the words of a few tiles of N stay in the L2 cache together.
   plan.band = 16;
-  const int tiles = plan.m_tiles * plan.n_tiles;
+  const int tiles = plan.tiles();
   const int slots = std::min(sms, kMaxGemmGrid);
+  const int64_t tile_clocks = int64_t{plan.units} * shape.unit_clocks;
+
+  plan.ranks = 1;
+  plan.grid = std::min(tiles, slots);
+  plan.whole_tiles = tiles;
+  plan.clocks = kStart + ceil_div(tiles, slots) * tile_clocks;
+  if (plan.units > kMostUnitsCut) return plan;
+
   const int left = tiles % slots;
-  // In units of K: what the last round takes, and what cutting it would take. A unit of 128 tokens is about
-  // 1.3 us, the parts cost 10 to 20 us.
-  const int overhead = shape.tokens > 64 ? 10 : 6;
-  const int cut = static_cast<int>(ceil_div(static_cast<int64_t>(left) * plan.units, slots));
-  if (left == 0 || cut + overhead >= plan.units) {
-    plan.grid = std::min(tiles, slots);
-    plan.whole_tiles = tiles;
-  } else {
-    plan.grid = std::min(slots, tiles * plan.units);
+  const int64_t share = ceil_div(int64_t{left} * plan.units, slots) * shape.unit_clocks;
+  const int64_t cut_clocks =
+      kStart + tiles / slots * tile_clocks + share + kOfParts + (left + slots) * shape.tile_bytes() / 1600;
+  if (left > 0 && cut_clocks * 21 < plan.clocks * 20) {  // parts take power, too: it should gain 5 %
+    plan.grid = static_cast<int>(std::min<int64_t>(slots, int64_t{tiles} * plan.units));
     plan.whole_tiles = tiles - left;
+    plan.clocks = cut_clocks;
+  }
+
+  for (int ranks = 2; ranks <= kMaxRanks; ++ranks) {
+    const int rank_units = static_cast<int>(ceil_div(plan.units, ranks));
+    if (rank_units * (ranks - 1) >= plan.units) continue;  // a rank without work
+    if (int64_t{tiles} * ranks > kMaxGemmParts) continue;
+    const int64_t rounds = ceil_div(tiles, clusters_at_once(ranks, sms));
+    const int64_t clocks =
+        rounds * (kStart + rank_units * shape.unit_clocks + kOfCluster + shape.tile_bytes() / 12);
+    if (clocks >= plan.clocks) continue;
+    plan.grid = plan.ranks = ranks;
+    plan.rank_units = rank_units;
+    plan.whole_tiles = 0;
+    plan.clocks = clocks;
   }
   return plan;
 }
 
-// Bytes of the parts of cut tiles: at most two a thread block.
+struct GemmChoice {
+  GemmKernel kernel;
+  GemmPlan plan;
+};
+
+// Whether a kernel may take a product. Scales on the weights are for scales and results of x's type: a scale times a
+// code is exact in that type (up to half its largest value), but then all of K is summed by the tensor cores, which
+// round towards zero. float32 results are worth the sums group by group.
+inline bool may_take(GemmKernel kernel, int64_t m, bool all_of_x_type, bool zeros) {
+  if (zeros || kernel == GemmKernel::kZeros48) return zeros && kernel == GemmKernel::kZeros48;
+  const bool on_weights = kernel == GemmKernel::kWeights128 || kernel == GemmKernel::kWeights128Narrow;
+  if (m > 64) return all_of_x_type ? on_weights : shape_of(kernel).tokens == 64;
+  return !on_weights && shape_of(kernel).tokens == (m <= 16 ? 16 : m <= 32 ? 32 : 64);
+}
+
+inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
+  GemmChoice best = {};
+  for (GemmKernel kernel : kGemmKernels) {
+    if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
+    const GemmPlan plan = plan_gemm(problem, shape_of(kernel), sms);
+    if (best.plan.grid == 0 || plan.clocks < best.plan.clocks) best = {kernel, plan};
+  }
+  return best;
+}
+
+// Bytes of the parts of tiles that several thread blocks share.
 inline int64_t gemm_part_bytes(const Problem& problem, GemmKernel kernel) {
   const GemmShape shape = shape_of(kernel);
   const int64_t units = ceil_div(problem.k_blocks<2>(), kGemmUnitBlocks);
   const int64_t tiles = ceil_div(problem.m, shape.tokens) * ceil_div(problem.n, shape.features());
-  return 2 * std::min<int64_t>(kMaxGemmGrid, tiles * units) * shape.tokens * shape.features() * 4;
+  return std::min<int64_t>(kMaxGemmParts, 2 * tiles * units) * shape.tile_bytes();
 }
 
 // The group size as the kernels take it: one group is met as groups of 128 with the same scale, or of 64 when
@@ -122,15 +196,15 @@ inline int64_t gemm_x_sums(const Problem& problem) {
   return ceil_div(problem.k, gemm_group_size(problem)) * gemm_x_sums_stride(problem);
 }
 
-// Enough for whichever kernel the types ask for: parts, then sums of x.
+// Enough for whichever kernel the types and the device ask for: parts, then sums of x.
 inline int64_t gemm_scratch_bytes(const Problem& problem) {
-  if (problem.m < kMinGemmTokens) return 0;
+  if (!is_for_gemm(problem, /*zeros=*/false)) return 0;
   int64_t parts = 0;
-  for (GemmKernel kernel : {GemmKernel::kSums32, GemmKernel::kSums32Narrow, GemmKernel::kSums64,
-                            GemmKernel::kZeros48, GemmKernel::kWeights128}) {
-    if (shape_of(kernel).tokens == 32 && problem.m > 32) continue;
-    if (kernel == GemmKernel::kWeights128 && problem.m <= 64) continue;
-    parts = std::max(parts, gemm_part_bytes(problem, kernel));
+  for (GemmKernel kernel : kGemmKernels) {
+    bool may = false;
+    for (int types = 0; types < 4; ++types)
+      may |= may_take(kernel, problem.m, types % 2 == 1, types / 2 == 1);
+    if (may) parts = std::max(parts, gemm_part_bytes(problem, kernel));
   }
   return parts + gemm_x_sums(problem) * 4;
 }

@@ -59,6 +59,14 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
+// [elect.sync] One thread of a whole warp; the compiler knows that it is only one.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t is_elected;
+  asm volatile("{\n.reg .pred elected;\nelect.sync _|elected, 0xffffffff;\nselp.u32 %0, 1, 0, elected;\n}\n"
+               : "=r"(is_elected));
+  return is_elected != 0;
+}
+
 // [setmaxnreg] All warps of a warpgroup, once each.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {

@@ -17,7 +17,7 @@ bool has_gemm(bool portable, int compute_capability) { return !portable && compu
 
 // The one place that divides products between the kernels for few tokens and those for many.
 bool takes_gemm(const MatmulArgs& args, int compute_capability) {
-  return args.problem.m >= kMinGemmTokens && has_gemm(args.portable, compute_capability);
+  return has_gemm(args.portable, compute_capability) && is_for_gemm(args.problem, args.zeros != nullptr);
 }
 
 std::string sizes(const Problem& p) {
@@ -121,16 +121,15 @@ int64_t scratch_bytes(const Problem& problem, DType, bool portable) {
 std::string describe_kernel(const MatmulArgs& args, int compute_capability, int sms) {
   const Problem& p = args.problem;
   if (takes_gemm(args, compute_capability)) {
-    const GemmKernel kernel = choose_gemm_kernel(
-        p, args.scale_type == args.x_type && args.y_type == args.x_type, args.zeros != nullptr);
+    const auto [kernel, plan] = choose_gemm(p, args.scale_type == args.x_type && args.y_type == args.x_type,
+                                            args.zeros != nullptr, sms);
     const GemmShape shape = shape_of(kernel);
-    const GemmPlan plan = plan_gemm(p, shape, sms);
-    return std::string("wgmma, scales on the ") +
-           (kernel == GemmKernel::kWeights128 ? "weights" : "sums of groups") + ", " +
-           std::to_string(plan.m_tiles * plan.n_tiles) + " tiles of " + std::to_string(shape.tokens) +
-           " tokens x " + std::to_string(shape.features()) + " features, " +
-           std::to_string(plan.cut_tiles()) + " of them cut along K, words read " +
-           std::to_string(plan.m_tiles) + " times";
+    return std::string("wgmma, scales on the ") + (shape.tokens == 128 ? "weights" : "sums of groups") +
+           ", " + std::to_string(plan.m_tiles * plan.n_tiles) + " tiles of " +
+           std::to_string(shape.tokens) + " tokens x " + std::to_string(shape.features()) + " features, " +
+           (plan.ranks > 1 ? "a cluster of " + std::to_string(plan.ranks) + " for each"
+                           : std::to_string(plan.cut_tiles()) + " of them cut along K") +
+           ", words read " + std::to_string(plan.m_tiles) + " times";
   }
   const bool portable = args.portable || compute_capability < 90;
   const DecodeKernel kernel = choose_decode_kernel(p, sms, portable);

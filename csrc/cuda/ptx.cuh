@@ -67,6 +67,17 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   return v;
 }
 
+// [bar] Barriers of kWarps warps; __syncthreads is number 0 with all of them. Who only arrives does not wait.
+template <int kBarrier, int kWarps>
+__device__ __forceinline__ void wait_at_barrier() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(kBarrier), "n"(kWarps * 32) : "memory");
+}
+template <int kBarrier, int kWarps>
+__device__ __forceinline__ void arrive_at_barrier() {
+  __syncwarp();
+  asm volatile("bar.arrive %0, %1;\n" ::"n"(kBarrier), "n"(kWarps * 32) : "memory");
+}
+
 // [ldmatrix] Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix
 // l / 8. Used on x[token][k] it yields the B fragments of two m16n8k16 steps.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t row_address) {
@@ -128,6 +139,14 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 __device__ __forceinline__ void cluster_wait() {
   JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.wait.acquire.aligned;\n" :: : "memory"));
+}
+// [griddepcontrol] Programmatic dependent launch: the next kernel's blocks may start once all of this one's have allowed
+// it or ended; there, waiting lasts until the kernel before has ended and all it wrote is visible.
+__device__ __forceinline__ void allow_dependents() {
+  JAX_TRIRUN_FROM_SM_90(asm volatile("griddepcontrol.launch_dependents;\n" :: : "memory"));
+}
+__device__ __forceinline__ void wait_for_prerequisites() {
+  JAX_TRIRUN_FROM_SM_90(asm volatile("griddepcontrol.wait;\n" :: : "memory"));
 }
 // [mapa, ld.shared::cluster] Four floats at the same shared address in another block of the cluster.
 __device__ __forceinline__ float4 load_remote(uint32_t address, uint32_t rank) {
