@@ -171,6 +171,29 @@ inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool z
   return best;
 }
 
+// Rows of x in the first of two launches, or all of them: rows that fill no tile may cost less by themselves. 129 rows
+// of 8192 x 57344 take 312 us as two tiles of 128; 128 rows take 180, and one takes 35.
+inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
+  if (zeros || problem.m <= 64) return problem.m;
+  const auto clocks = [&](int64_t rows) {
+    Problem some = problem;
+    some.m = rows;
+    const int64_t of_gemm = choose_gemm(some, all_of_x_type, zeros, sms).plan.clocks;
+    // The decode kernels: 1.2 to 2.4 times as long as the words take to arrive, at 2,100 bytes a clock.
+    const int64_t of_decode = 3000 + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
+    return rows <= 16 ? std::min(of_gemm, of_decode) : of_gemm;
+  };
+  // Whole tiles draw more power, and take up to a fifth longer than their clocks say.
+  int64_t best = problem.m, best_clocks = clocks(problem.m) * 53 / 50;
+  for (int64_t tile : {128, 64}) {
+    const int64_t rest = problem.m % tile;
+    if (rest == 0 || rest == problem.m || rest > 64) continue;
+    const int64_t in_two = clocks(problem.m - rest) + clocks(rest);
+    if (in_two < best_clocks) best = problem.m - rest, best_clocks = in_two;
+  }
+  return best;
+}
+
 // Bytes of the parts of tiles that several thread blocks share.
 inline int64_t gemm_part_bytes(const Problem& problem, GemmKernel kernel) {
   const GemmShape shape = shape_of(kernel);

@@ -20,6 +20,14 @@ bool takes_gemm(const MatmulArgs& args, int compute_capability) {
   return has_gemm(args.portable, compute_capability) && is_for_gemm(args.problem, args.zeros != nullptr);
 }
 
+bool is_all_of_x_type(const MatmulArgs& args) {
+  return args.scale_type == args.x_type && args.y_type == args.x_type;
+}
+
+int64_t rows_at_first(const MatmulArgs& args, int sms) {
+  return first_rows(args.problem, is_all_of_x_type(args), args.zeros != nullptr, sms);
+}
+
 std::string sizes(const Problem& p) {
   return "M=" + std::to_string(p.m) + ", K=" + std::to_string(p.k) + ", N=" + std::to_string(p.n) +
          ", groups=" + std::to_string(p.groups);
@@ -111,9 +119,21 @@ std::string why_unsupported(const MatmulArgs& args, int compute_capability) {
   return "";
 }
 
-int64_t scratch_bytes(const Problem& problem, DType, bool portable) {
-  const int64_t gemm = portable ? 0 : gemm_scratch_bytes(problem);
-  if (problem.m == 0 || problem.m > kMaxDecodeTokens) return gemm;
+int64_t scratch_bytes(const Problem& problem, DType x_type, bool portable) {
+  if (problem.m == 0) return 0;
+  int64_t gemm = portable ? 0 : gemm_scratch_bytes(problem);
+  if (problem.m > kMaxDecodeTokens) {
+    if (portable) return 0;
+    for (int64_t tile : {64, 128}) {  // any two launches that first_rows may choose
+      const int64_t rest = problem.m % tile;
+      for (int64_t rows : {rest, problem.m - rest}) {
+        Problem some = problem;
+        some.m = rows;
+        if (rows < problem.m) gemm = std::max(gemm, scratch_bytes(some, x_type, portable));
+      }
+    }
+    return gemm;
+  }
   const int64_t parts = portable_parts(problem);
   return std::max(gemm, parts > 1 ? parts * problem.m * problem.n * 4 : 0);
 }
@@ -121,8 +141,15 @@ int64_t scratch_bytes(const Problem& problem, DType, bool portable) {
 std::string describe_kernel(const MatmulArgs& args, int compute_capability, int sms) {
   const Problem& p = args.problem;
   if (takes_gemm(args, compute_capability)) {
-    const auto [kernel, plan] = choose_gemm(p, args.scale_type == args.x_type && args.y_type == args.x_type,
-                                            args.zeros != nullptr, sms);
+    if (const int64_t first = rows_at_first(args, sms); first < p.m) {
+      MatmulArgs part = args;
+      part.problem.m = first;
+      const std::string of_first = describe_kernel(part, compute_capability, sms);
+      part.problem.m = p.m - first;
+      return of_first + "; then, for the last " + std::to_string(p.m - first) + " rows, " +
+             describe_kernel(part, compute_capability, sms);
+    }
+    const auto [kernel, plan] = choose_gemm(p, is_all_of_x_type(args), args.zeros != nullptr, sms);
     const GemmShape shape = shape_of(kernel);
     return std::string("wgmma, scales on the ") + (shape.tokens == 128 ? "weights" : "sums of groups") +
            ", " + std::to_string(plan.m_tiles * plan.n_tiles) + " tiles of " +
@@ -159,6 +186,15 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return "";
 
   if (takes_gemm(args, major * 10 + minor)) {
+    if (const int64_t first = rows_at_first(args, sms); first < p.m) {
+      MatmulArgs part = args;
+      part.problem.m = first;
+      if (std::string failure = matmul(part, stream); !failure.empty()) return failure;
+      part.problem.m = p.m - first;
+      part.x = static_cast<const char*>(args.x) + first * p.k * size_of(args.x_type);
+      part.y = static_cast<char*>(args.y) + first * p.n * size_of(args.y_type);
+      return matmul(part, stream);
+    }
     return args.x_type == DType::kF16 ? launch_gemm_f16(args, sms, stream)
                                       : launch_gemm_bf16(args, sms, stream);
   }
