@@ -15,6 +15,7 @@ import pytest
 import jax_trirun
 from jax_trirun import cli
 from jax_trirun.checkpoints import load, open_model
+from jax_trirun.commands.quantize_run import Run
 from jax_trirun.quantizers.recipe import Recipe, Recipes, parse_override
 
 pytest.importorskip("flax", reason="Flax is not installed")
@@ -188,6 +189,19 @@ def test_an_untied_head_is_quantised_only_when_named(tiny_llama):
     reports = quantize_llama(decoder, DOCUMENTS, recipes)
     assert reports[-1].name == "lm_head" and reports[-1].method == "gptq" and reports[0].method == "mse"
     assert isinstance(decoder.lm_head, QuantDense)
+
+
+def test_every_piece_begins_with_bos(model):
+    recipe = Recipes(Recipe("gptq", group_size=32))
+    common = {"window": 9, "batch_tokens": 64, "float_dtype": "float32"}
+    pieces = []
+    for tokens, real in Run(model, recipe, DOCUMENTS, bos=256, **common).batches:
+        assert tokens.shape[1] == 9 and np.all(tokens[real.any(axis=1), 0] == 256)
+        pieces += [row[mask][1:].tolist() for row, mask in zip(tokens, real, strict=True) if mask.any()]
+    assert sorted(t for piece in pieces for t in piece) == sorted(t for d in DOCUMENTS for t in d)
+    assert all(d[:8] in pieces and d[(len(d) - 1) // 8 * 8 :] in pieces for d in DOCUMENTS)
+    with pytest.raises(ValueError, match="--bos: wanted a window of 2 tokens or more, got 1"):
+        Run(model, recipe, DOCUMENTS, bos=256, **common | {"window": 1})
 
 
 # Recipes
@@ -405,6 +419,7 @@ def test_overwrite_deletes_only_what_a_run_wrote(capsys, model, tmp_path):
         (("--method", "mse", "--skip", "("), r"'\(' is not a regular expression"),
         (("--method", "mse", "--damping", "1"), "method 'mse' has no option 'damping'"),
         (("--method", "mse", "--batch-tokens", "0"), "--batch-tokens must be positive, got 0"),
+        (("--calibration", __file__, "--bos"), "--bos: the tokenizer of .* has no BOS token"),
         (
             ("--calibration", __file__, "--damping", "-1"),
             "layers.0.self_attn.q_proj: gptq: damping must be > 0, .*got damping=-1.0",

@@ -80,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, help="longest piece of a document (default: 2048, or the model's limit)"
     )
     parser.add_argument(
+        "--bos", action="store_true", help="begin every piece with the tokenizer's BOS, as eval --bos does"
+    )
+    parser.add_argument(
         "--batch-tokens", type=int, default=4096, help="tokens computed at once (default: 4096)"
     )
     parser.add_argument(
@@ -111,7 +114,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rotate:
         model = RotatedModel(model, seed=arguments.seed)
         print(f"rotation   {model.description}")
-    documents = None
+    documents = bos = None
+    if arguments.bos:
+        bos = model.tokenizer().bos
+        if bos is None:
+            raise ValueError(f"--bos: the tokenizer of {model.name} has no BOS token")
     if arguments.calibration:
         documents = tokenize(model, arguments.calibration, arguments.calibration_tokens)
     work = Run(
@@ -121,6 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
         window=arguments.window,
         batch_tokens=arguments.batch_tokens,
         float_dtype=arguments.float_dtype,
+        bos=bos,
     )
     work.state_memory()
     work.go(out, overwrite=arguments.overwrite)

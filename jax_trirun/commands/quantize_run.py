@@ -36,6 +36,7 @@ class Run:
       recipes: how to quantise which module.
       documents: token ids of the calibration text; None when the methods need none.
       window: longest piece of a document; 2048 or the model's limit when None.
+      bos: a token to put before every piece, as a part of its window; None for none.
       batch_tokens: tokens computed at once.
       float_dtype: of the weights that stay float.
 
@@ -53,6 +54,7 @@ class Run:
         window: int | None,
         batch_tokens: int,
         float_dtype: str,
+        bos: int | None = None,
     ):
         from flax_layers.llama import LlamaConfig
         from flax_layers.quantize_llama import make_batches
@@ -63,7 +65,8 @@ class Run:
         self.batches = None
         window = min(window or 2048, self.config.max_positions)
         if documents is not None:
-            self.batches = make_batches(documents, window=window, batch_tokens=batch_tokens)
+            pieces = documents if bos is None else begin_with(bos, documents, window)
+            self.batches = make_batches(pieces, window=window, batch_tokens=batch_tokens)
         self._check_recipes()
         ids = np.concatenate([np.asarray([*d, -1], np.int32) for d in documents or [[]]])
         self.settings: dict[str, Any] = {
@@ -79,6 +82,7 @@ class Run:
                 "tokens": sum(map(len, documents or ())),
                 "crc32": zlib.crc32(ids.tobytes()),
                 "window": window,
+                "bos": bos,
                 "batch_tokens": batch_tokens,
             },
         }
@@ -310,6 +314,14 @@ class Run:
             + (f"; the whole process took {megabytes(peak)} at most" if peak else "")
             + f"\nwritten    {out}"
         )
+
+
+def begin_with(bos: int, documents: Sequence[Sequence[int]], window: int) -> list[list[int]]:
+    """The documents cut into pieces of window - 1 tokens, `bos` before each. Raises ValueError."""
+    if window < 2:
+        raise ValueError(f"--bos: wanted a window of 2 tokens or more, got {window}")
+    step = window - 1
+    return [[bos, *d[start : start + step]] for d in documents for start in range(0, len(d), step)]
 
 
 def _as_float32(value: Any) -> np.ndarray:
