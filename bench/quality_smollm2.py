@@ -47,13 +47,15 @@ CONFIGURATIONS = {
     "HQQ": "--method hqq",
     "ternary, mean absolute": "--method absmean",
     "ternary GPTQ": "--method gptq-ternary",
+    "ternary GPTQ, activation order": "--method gptq-ternary --act-order",
     "GPTQ, positive scales": "--method gptq --unsigned",
     "GPTQ": "--method gptq",
     "GPTQ, activation order": "--method gptq --act-order",
     "GPTQ, g=32": "--method gptq --group-size 32",
     "GPTQ, rotated": "--method gptq --rotate",
+    "GPTQ, rotated, activation order": "--method gptq --rotate --act-order",
     "GPTQ, MLP only": "--method gptq --skip self_attn",
-    "GPTQ, MLP only, rotated": "--method gptq --skip self_attn --rotate",
+    "GPTQ, MLP only, activation order": "--method gptq --skip self_attn --act-order",
 }
 COLUMNS = (
     "configuration",
