@@ -1,21 +1,26 @@
 // The kernel for many tokens on Hopper: y[M, N] = x[M, K] @ W by wgmma, with the weights as the operand in
 // registers.
 //
-// A thread block is one producer warp and kWarpgroups warpgroups of consumers, and makes tiles of y of
-// kWarpgroups * 128 features x kTokens. A stage of its ring holds one block of K (64): x by the copy engine
-// as wgmma wants it, the packed words as they are. The words of one warp's 32 features are 16 bytes a
-// lane; they become A fragments in registers, word by word, while the tensor cores work on the words before.
+// A thread block is one producer warp and kWarpgroups warpgroups of consumers, and makes tiles of y of kTokens and
+// kWarpgroups * 64 or * 128 features. A stage of its ring holds one unit of K (128): x by the copy engine as wgmma
+// wants it, the packed words as they are. The words of one warp's 32 features are 16 bytes a lane for each block of K;
+// they become A fragments in registers while the tensor cores work on those before, scales on the weights word by
+// word, else a group's words of a 16-row tile at once:
 //
 //     producer:      wait for an empty stage -> x, words, scales -> ...
 //     a warpgroup:   wait for a full stage
-//                    word 0 -> A fragments -> 2 wgmma; wait until all but three words' are through
-//                    word 1 -> A fragments -> 2 wgmma; wait ...
+//                    words of the first tiles  -> A fragments -> 8 wgmma
+//                    words of the second tiles -> A fragments -> 8 wgmma; wait for the first; scale and add them up
+//                    the next stage's words; wait for the second; scale and add them up
 //
-// Measured on an H200 (8192 x 57344, 1024 tokens), and dropped: fragments made half a block at a time (two words,
+// Measured on an H200, and dropped. At 1024 tokens (8192 x 57344): fragments made half a block at a time (two words,
 // 7 % slower: the tensor cores ran dry); clusters of two blocks that fetch x for each other by multicast (8 %
 // slower, though half the reads of the L2 cache: one more block to wait for); scales read from global memory
 // instead of the ring (a quarter slower). From about 128 tokens on the card's power is what binds: at 700 TFLOP/s its
-// clock falls from 1.98 to 1.5 GHz.
+// clock falls from 1.98 to 1.5 GHz. At 32 tokens: words one by one as above, in stages of 64 of K (a quarter slower: a
+// barrier and an empty pipeline for every 64); four warpgroups of 32 registers less (no faster). What the arithmetic
+// takes by itself is in bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the registers that wgmma reads
+// are the limit, whatever the order.
 //
 // Scales: either multiplied onto the weights (kGroupSize 0: scales of x's type, where a scale times -1, 0, 1 or
 // 2 is exact), or onto the sums of each group, in float32. The first leaves room for 128 tokens of
