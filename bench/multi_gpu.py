@@ -30,7 +30,6 @@ import argparse
 import csv
 import datetime
 import functools
-import os
 import statistics
 import sys
 import time
@@ -270,16 +269,16 @@ def main() -> None:
     parser.add_argument(
         "--devices", type=integers, help="how many, as 1,2,4; default: all powers of two there are"
     )
-    parser.add_argument("--layers", type=int, default=16, help="blocks with weights of their own")
-    parser.add_argument("--calls", type=int, default=12, help="of a program in a row")
+    parser.add_argument("--layers", type=int, default=48, help="blocks with weights of their own")
+    parser.add_argument("--calls", type=int, default=6, help="of a program in a row")
     parser.add_argument("--all-reduces-in-graphs", action="store_true", help="capture them in CUDA graphs")
-    parser.add_argument("--output", type=Path, help="CSV; default: multi_gpu.csv in $OUT, or here")
+    parser.add_argument("--output", type=Path, default=Path("multi_gpu.csv"), help="CSV; %(default)s")
     options = parser.parse_args()
     there = len(jax.devices())
     options.devices = options.devices or [2**i for i in range(there.bit_length()) if 2**i <= there]
     if max(options.devices) > there:
         parser.error(f"--devices must be {there} at most, as many as JAX finds, got {max(options.devices)}")
-    path = options.output or Path(os.environ.get("OUT", ".")) / "multi_gpu.csv"
+    path: Path = options.output
     rows: list[dict[str, Any]] = []
     with path.open(
         "w", newline="", buffering=1
