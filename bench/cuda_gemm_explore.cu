@@ -356,11 +356,11 @@ int main(int argc, char** argv) {
         args.y = y;
         args.parts = parts;
         args.m = m, args.n = n;
-        args.k_blocks = k_blocks, args.n_blocks = n_blocks;
+        args.n_blocks = n_blocks;
         args.groups = k / kGroup, args.group_stride = n, args.group_shift = 7;
         args.unit_rows = 1, args.row_shift = 2;
         const GemmPlan plan = plan_gemm(problem, v.shape, sms);
-        fill_plan(args, plan);
+        args.walk = walk_of(plan, k_blocks);
         const int cut = plan.cut_tiles(), tiles = plan.tiles();
         CUtensorMap map;
         const cuuint64_t dims[2] = {(cuuint64_t)k, (cuuint64_t)m}, strides[1] = {(cuuint64_t)k * 2};

@@ -38,24 +38,12 @@
 
 #include "../problem.h"
 #include "decode_math.cuh"
-#include "gemm_plan.h"
+#include "gemm_walk.h"
 #include "hopper.cuh"
 #include "outputs.cuh"
 #include "wgmma.cuh"
 
 namespace jax_trirun::cuda {
-
-// The units that a thread block takes of the tiles that are cut: [begin(i), begin(i + 1)), of the same number or one
-// more.
-struct Shares {
-  int base, extra;
-  __host__ __device__ int begin(int block) const { return block * base + (block < extra ? block : extra); }
-  // The block that has this unit.
-  __host__ __device__ int owner(int unit) const {
-    const int longer = extra * (base + 1);
-    return unit < longer ? unit / (base + 1) : extra + (unit - longer) / base;
-  }
-};
 
 struct GemmArgs {
   const uint4* words;
@@ -67,90 +55,18 @@ struct GemmArgs {
   void* y;
   float4* parts;  // of the tiles that several thread blocks share
   int m, n;
-  int k_blocks, n_blocks;  // blocks of the packed array
-  int groups;              // rows of scales
-  int group_stride;        // elements from one row of scales to the next: N, or 0 with a single group
-  int group_shift;         // k >> group_shift is k's row of scales
-  int unit_rows;           // rows of scales that a unit of K has: 4, 2 or 1
-  int row_shift;           // 32 << row_shift is a row's share of the unit
+  int n_blocks;      // blocks of the packed array
+  int groups;        // rows of scales
+  int group_stride;  // elements from one row of scales to the next: N, or 0 with a single group
+  int group_shift;   // k >> group_shift is k's row of scales
+  int unit_rows;     // rows of scales that a unit of K has: 4, 2 or 1
+  int row_shift;     // 32 << row_shift is a row's share of the unit
   bool scales_are_f32, y_is_f32;
-  int m_tiles, n_tiles;
-  int band;             // tiles of M that are walked before the next tile of N
-  int whole_tiles;      // the first tiles: each is made by one thread block
-  int units;            // of K in a tile: what the others are cut into
-  uint32_t unit_magic;  // unit / units is the high word of unit * unit_magic; 0 if units is 1
-  Shares shares;        // of the units of the tiles that are cut
-  int ranks;            // thread blocks of a cluster that share a tile, see GemmPlan; 1: no cluster
-  int rank_units;       // of K for each of them
+  GemmWalk walk;  // how tiles are shared out
 };
-
-inline void fill_plan(GemmArgs& args, const GemmPlan& plan) {
-  args.m_tiles = plan.m_tiles, args.n_tiles = plan.n_tiles;
-  args.band = plan.band, args.whole_tiles = plan.whole_tiles, args.units = plan.units;
-  args.unit_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.units - 1) / plan.units);
-  const int cut = plan.cut_tiles() * plan.units;
-  args.shares = {cut / plan.grid, cut % plan.grid};
-  args.ranks = plan.ranks, args.rank_units = plan.rank_units;
-}
-
-struct TilePosition {
-  int m_tile, n_tile;
-};
-
-// Tiles go through bands of M, and through the tiles of N inside a band: blocks that run at the same time
-// share words and share x.
-__host__ __device__ inline TilePosition tile_position(const GemmArgs& args, int tile) {
-  if (args.m_tiles == 1) return {0, tile};
-  const int in_band = args.band * args.n_tiles;
-  const int first = tile / in_band * args.band;
-  const int width = args.band < args.m_tiles - first ? args.band : args.m_tiles - first;
-  const int rest = tile % in_band;
-  return {first + rest % width, rest / width};
-}
 
 // K that a row of scales covers at least.
 inline constexpr int kSmallestGroup = 32;
-
-// What a thread block makes at a time: the tile's sum over [first_block, last_block) of K.
-struct Segment {
-  int m_tile, n_tile;
-  int first_block, last_block;
-  int part;  // which part of a tile these sums are, or -1: they are y
-};
-
-// Calls visit(segment) for all of this thread block's. (Two loops: as one, their divisions kept ptxas from seeing that
-// all threads of a warp walk alike, and wgmma waited for its descriptors.)
-template <typename Visit>
-__device__ __forceinline__ void for_each_segment(const GemmArgs& args, Visit visit) {
-  const int grid = gridDim.x, block = blockIdx.x;
-  for (int tile = block; tile < args.whole_tiles; tile += grid) {
-    const TilePosition at = tile_position(args, tile);
-    visit(Segment{at.m_tile, at.n_tile, 0, args.k_blocks, -1});
-  }
-  int unit, end;
-  if (args.ranks > 1) {  // a cluster has one tile, every thread block of it a run of units
-    const int tile = blockIdx.y * args.units;
-    unit = tile + block * args.rank_units;
-    end = tile + min(args.units, (block + 1) * args.rank_units);
-  } else {
-    unit = args.shares.begin(block);
-    end = args.shares.begin(block + 1);
-  }
-  while (unit < end) {
-    const int tile = args.unit_magic == 0 ? unit : static_cast<int>(__umulhi(unit, args.unit_magic));
-    const TilePosition at = tile_position(args, args.whole_tiles + tile);
-    const int first = unit - tile * args.units;
-    const int last = min(args.units, first + end - unit);
-    const bool whole = first == 0 && last == args.units;
-    // At most two parts a block: the end of a tile, then the start of another.
-    const int part = args.ranks > 1 ? blockIdx.y * args.ranks + block
-                     : whole        ? -1
-                                    : 2 * block + (first == 0);
-    visit(Segment{at.m_tile, at.n_tile, first * kGemmUnitBlocks, min(last * kGemmUnitBlocks, args.k_blocks),
-                  part});
-    unit += last - first;
-  }
-}
 
 // A tile of y: kWarpTiles 16-row tiles of features for each consumer warp, so one n-block or half of it.
 template <int kTokens, int kWarpgroups, int kWarpTiles>
@@ -313,7 +229,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     }
     arrive_at_barrier<0, kWorkingWarps>();
     const int rows = kScaledSums ? Smem::kRows : args.unit_rows;
-    for_each_segment(args, [&](const Segment& segment) {
+    for_each_segment(args.walk, blockIdx.x, blockIdx.y, gridDim.x, [&](const Segment& segment) {
       const int n_first = segment.n_tile * Tile::kBlocks;
       const int word_bytes = min(Tile::kBlocks, args.n_blocks - n_first) * Smem::kBlockBytes;
       const int64_t word_row = static_cast<int64_t>(args.n_blocks) * Smem::kBlockBytes;
@@ -329,7 +245,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         barrier_wait(empty(ring.stage), ring.parity ^ 1);
         if (asks) {
           const uint32_t to = stage_at(ring.stage), arrived = full(ring.stage);
-          const int blocks = min(kGemmUnitBlocks, args.k_blocks - block);  // K may end inside a unit
+          const int blocks = min(kGemmUnitBlocks, args.walk.k_blocks - block);  // K may end inside a unit
           barrier_arrive_expecting(arrived, Smem::kXBytes + blocks * word_bytes + all_scale_bytes);
           copy_bulk(to + Smem::kWords, words, word_bytes, arrived);
           if (blocks == kGemmUnitBlocks)
@@ -579,7 +495,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     const auto store = [&](const Segment& segment, const float (&d)[kWarpTiles][kSums]) {
       const TilePosition at = {segment.m_tile, segment.n_tile};
       const int first_row = warpgroup * Tile::kRows;
-      if (args.ranks == 1) {
+      if (args.walk.ranks == 1) {
 #pragma unroll
         for (int r = 0; r < Tile::kRows; ++r) {
           const float4 v = Tile::row_of(d, r);
@@ -594,7 +510,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       // The blocks of the cluster add up some rows each, in the order of their ranks; the others' they leave in
       // memory.
       const int rank = blockIdx.x;
-      const auto next = [&](int owner) { return owner + 1 == args.ranks ? 0 : owner + 1; };
+      const auto next = [&](int owner) { return owner + 1 == args.walk.ranks ? 0 : owner + 1; };
       int owner = 0;
 #pragma unroll
       for (int r = 0; r < Tile::kRows; ++r, owner = next(owner)) {
@@ -612,7 +528,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i, owner = next(owner)) mine[i] = owner == rank;
         float4 sum[kAtOnce] = {};
-        for (int other = 0; other < args.ranks; ++other) {
+        for (int other = 0; other < args.walk.ranks; ++other) {
           float4 v[kAtOnce] = {};
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
@@ -632,7 +548,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       }
     };
 
-    for_each_segment(args, [&](const Segment& segment) {
+    for_each_segment(args.walk, blockIdx.x, blockIdx.y, gridDim.x, [&](const Segment& segment) {
       if constexpr (kScaledSums) {
         multiply_and_scale_sums(segment);
         store(segment, total);
@@ -660,19 +576,19 @@ template <typename T, int kTokens, int kWarpgroups, int kWarpTiles>
 __global__ void __launch_bounds__(128) add_gemm_parts(const __grid_constant__ GemmArgs args) {
   using Tile = TileLayout<kTokens, kWarpgroups, kWarpTiles>;
   wait_for_prerequisites();
-  const int begin = blockIdx.x * args.units, end = begin + args.units;
-  const int first = args.shares.owner(begin), last = args.shares.owner(end - 1);
+  const int begin = blockIdx.x * args.walk.units, end = begin + args.walk.units;
+  const int first = args.walk.shares.owner(begin), last = args.walk.shares.owner(end - 1);
   if (first == last) return;  // one block made it whole
   const int row = blockIdx.z * Tile::kRows + blockIdx.y;
   float4 sum = {};
   for (int block = first; block <= last; ++block) {
-    const int part = 2 * block + (args.shares.begin(block) <= begin);
+    const int part = 2 * block + (args.walk.shares.begin(block) <= begin);
     const float4 v =
         args.parts[(static_cast<int64_t>(part) * kWarpgroups * Tile::kRows + row) * 128 + threadIdx.x];
     sum = block == first ? v : sum + v;
   }
-  Tile::template store<T>(args, tile_position(args, args.whole_tiles + blockIdx.x), blockIdx.z, blockIdx.y,
-                          sum);
+  Tile::template store<T>(args, tile_position(args.walk, args.walk.whole_tiles + blockIdx.x), blockIdx.z,
+                          blockIdx.y, sum);
 }
 
 }  // namespace jax_trirun::cuda

@@ -78,7 +78,7 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   gemm.y = args.y;
   gemm.parts = static_cast<float4*>(args.scratch);
   gemm.m = static_cast<int>(p.m), gemm.n = static_cast<int>(p.n);
-  gemm.k_blocks = static_cast<int>(p.k_blocks<2>()), gemm.n_blocks = static_cast<int>(p.n_blocks<2>());
+  gemm.n_blocks = static_cast<int>(p.n_blocks<2>());
   gemm.groups = static_cast<int>(p.groups);
   gemm.group_stride = p.groups == 1 ? 0 : gemm.n;
   gemm.group_shift = p.groups == 1 ? 31 : p.group_size() == 32 ? 5 : p.group_size() == 64 ? 6 : 7;
@@ -86,7 +86,7 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   gemm.row_shift = std::min(gemm.group_shift, 7) - 5;
   gemm.scales_are_f32 = args.scale_type == DType::kF32;
   gemm.y_is_f32 = args.y_type == DType::kF32;
-  fill_plan(gemm, plan);
+  gemm.walk = walk_of(plan, static_cast<int>(p.k_blocks<2>()));
 
   CUtensorMap x_map;
   if (std::string error = make_x_map(x_map, args, kShape.tokens); !error.empty()) return error;

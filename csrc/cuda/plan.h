@@ -1,7 +1,7 @@
 // How a decode matmul is launched: which kernel, how K is split, how much work runs side by side.
 //
-// Every choice that bench/results/ has numbers for is made here and nowhere else. Plain C++: tests call
-// it without a GPU.
+// Every choice that bench/results/ has numbers for is made here and nowhere else. Plain C++: no GPU,
+// no CUDA.
 #pragma once
 
 #include <algorithm>
