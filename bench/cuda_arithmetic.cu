@@ -11,23 +11,14 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 
 #include "../csrc/cuda/decode_math.cuh"
 #include "../csrc/cuda/wgmma.cuh"
+#include "cuda_timing.cuh"
 
 using namespace jax_trirun;
 using namespace jax_trirun::cuda;
 using L = Layout<2>;
-
-#define CHECK(call)                                                                    \
-  do {                                                                                 \
-    cudaError_t e = (call);                                                            \
-    if (e != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e)); \
-      std::exit(1);                                                                    \
-    }                                                                                  \
-  } while (0)
 
 constexpr int kSharedBytes = 200 * 1024;
 constexpr int kUnits = 2400;

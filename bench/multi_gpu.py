@@ -278,11 +278,9 @@ def main() -> None:
     options.devices = options.devices or [2**i for i in range(there.bit_length()) if 2**i <= there]
     if max(options.devices) > there:
         parser.error(f"--devices must be {there} at most, as many as JAX finds, got {max(options.devices)}")
-    path: Path = options.output
     rows: list[dict[str, Any]] = []
-    with path.open(
-        "w", newline="", buffering=1
-    ) as file:  # line by line: what is measured stays, whatever comes
+    # Line by line: what is measured stays, whatever comes.
+    with options.output.open("w", newline="", buffering=1) as file:
         for row in measure(options):
             if not rows:
                 writer = csv.DictWriter(file, row)
