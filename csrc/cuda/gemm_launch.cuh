@@ -145,8 +145,7 @@ std::string launch_gemm_for_groups(const MatmulArgs& args, const GemmPlan& plan,
 
 template <typename T>
 std::string launch_gemm_of(const MatmulArgs& args, int sms, cudaStream_t stream) {
-  const bool all_of_x_type = args.scale_type == args.x_type && args.y_type == args.x_type;
-  const auto [kernel, plan] = choose_gemm(args.problem, all_of_x_type, args.zeros != nullptr, sms);
+  const auto [kernel, plan] = choose_gemm(args.problem, args.all_of_x_type(), args.zeros != nullptr, sms);
   switch (kernel) {
     case GemmKernel::kSums16: return launch_gemm_for_groups<GemmKernel::kSums16, T>(args, plan, stream);
     case GemmKernel::kSums32: return launch_gemm_for_groups<GemmKernel::kSums32, T>(args, plan, stream);

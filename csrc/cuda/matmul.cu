@@ -20,12 +20,8 @@ bool takes_gemm(const MatmulArgs& args, int compute_capability) {
   return has_gemm(args.portable, compute_capability) && is_for_gemm(args.problem, args.zeros != nullptr);
 }
 
-bool is_all_of_x_type(const MatmulArgs& args) {
-  return args.scale_type == args.x_type && args.y_type == args.x_type;
-}
-
 int64_t rows_at_first(const MatmulArgs& args, int sms) {
-  return first_rows(args.problem, is_all_of_x_type(args), args.zeros != nullptr, sms);
+  return first_rows(args.problem, args.all_of_x_type(), args.zeros != nullptr, sms);
 }
 
 std::string sizes(const Problem& p) {
@@ -149,7 +145,7 @@ std::string describe_kernel(const MatmulArgs& args, int compute_capability, int 
       return of_first + "; then, for the last " + std::to_string(p.m - first) + " rows, " +
              describe_kernel(part, compute_capability, sms);
     }
-    const auto [kernel, plan] = choose_gemm(p, is_all_of_x_type(args), args.zeros != nullptr, sms);
+    const auto [kernel, plan] = choose_gemm(p, args.all_of_x_type(), args.zeros != nullptr, sms);
     const GemmShape shape = shape_of(kernel);
     return std::string("wgmma, scales on the ") + (shape.tokens == 128 ? "weights" : "sums of groups") +
            ", " + std::to_string(plan.m_tiles * plan.n_tiles) + " tiles of " +

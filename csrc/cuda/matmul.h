@@ -22,6 +22,8 @@ struct MatmulArgs {
   DType y_type = DType::kF16;
   bool portable = false;    // only instructions that sm_80 has
   void* scratch = nullptr;  // scratch_bytes() of them, uninitialised
+
+  bool all_of_x_type() const { return scale_type == x_type && y_type == x_type; }
 };
 
 // Empty if a kernel covers these sizes and types on a device with this compute capability (90 for 9.0);
