@@ -12,7 +12,7 @@ import jax_trirun
 from jax_trirun import QuantTensor
 
 from .partitioning import merged_names, metadata_of
-from .quant_dense import QuantDense
+from .quant_dense import QuantDense, options_of
 
 
 class QuantDenseGeneral(nnx.Module):
@@ -79,11 +79,7 @@ class QuantDenseGeneral(nnx.Module):
         dense = QuantDense.from_weight(
             weight,
             bias,
-            dtype=linear.dtype,
-            param_dtype=linear.param_dtype,
-            precision=linear.precision,
-            promote_dtype=linear.promote_dtype,
-            preferred_element_type=linear.preferred_element_type,
+            **options_of(linear),
             kernel_metadata=_flattened(metadata_of(linear.kernel), linear.kernel.ndim, (n_in, n_out)),
             bias_metadata={}
             if linear.bias is None

@@ -27,6 +27,12 @@ def _variable(value: Any, metadata: Mapping[str, Any]) -> QuantParam:
     return QuantParam(put_as_named(value, metadata), **metadata)
 
 
+def options_of(linear: nnx.Linear | nnx.LinearGeneral) -> dict[str, Any]:
+    """The constructor's options that a layer of Flax's has by the same names."""
+    names = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type")
+    return {name: getattr(linear, name) for name in names}
+
+
 class QuantDense(nnx.Module):
     """``y = x @ W + bias`` with W packed to 2 bits, over the last axis of x.
 
@@ -143,11 +149,7 @@ class QuantDense(nnx.Module):
         return cls.from_weight(
             weight,
             bias,
-            dtype=linear.dtype,
-            param_dtype=linear.param_dtype,
-            precision=linear.precision,
-            promote_dtype=linear.promote_dtype,
-            preferred_element_type=linear.preferred_element_type,
+            **options_of(linear),
             kernel_metadata=metadata_of(linear.kernel),
             bias_metadata=metadata_of(linear.bias),
         )

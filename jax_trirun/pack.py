@@ -14,7 +14,6 @@ from .layout import layout
 from .partition import (
     blocks_on_explicit_mesh,
     by_mapped_shards,
-    can_call_back,
     explicit_mesh,
     lower_partitioned,
     partitioned_blocks,
@@ -149,16 +148,14 @@ def _elementwise_over_leading_axes(
     def lower_ffi(ctx, operand, *, bits, **_):
         return _ffi.lower_call(target, ctx, [operand], {"bits": np.int64(bits)})
 
-    def lower_parts(ctx, operand, **params):
-        parts = partial(partitioned_blocks, call.bind, packs=packs, **params)
-        function = parts if can_call_back(name, ctx) else partial(call.bind, **params)
-        return mlir.lower_fun(function, multiple_results=False)(ctx, operand)
+    def parts(bind, operands, **params):
+        return partitioned_blocks(bind, *operands, packs=packs, **params)
 
     def batch(args, _, **params):  # the mapped axis comes first
         return primitive.bind(*args, **params), 0
 
     batching.primitive_batchers[primitive] = by_mapped_shards(batch)
-    lower_partitioned(primitive, lower_parts)
+    lower_partitioned(primitive, call, name, parts)
     mlir.register_lowering(call, mlir.lower_fun(reference, multiple_results=False))
     mlir.register_lowering(call, lower_ffi, platform="cpu")
     for p in (primitive, call):

@@ -505,11 +505,22 @@ def blocks_on_explicit_mesh(
     )
 
 
-def lower_partitioned(primitive: Primitive, rule: Callable) -> None:
-    """Register the lowering of a primitive that partitioned functions stand for on meshes with Auto axes.
+def lower_partitioned(primitive: Primitive, call: Primitive, where: str, parts: Callable) -> None:
+    """Register the lowering of ``primitive``: ``call`` for the whole, or for the parts that Auto axes cut it into.
 
     JAX then tells the lowering which devices it is for, which it must know to give XLA a call back.
+
+    Args:
+        parts: (call's bind, operands, **params) -> the result, partitioned.
     """
+
+    def rule(ctx, *operands, **params):
+        def partitioned(*operands):
+            return parts(call.bind, operands, **params)
+
+        function = partitioned if can_call_back(where, ctx) else functools.partial(call.bind, **params)
+        return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+
     mlir.register_lowering(primitive, rule)
     dispatch.prim_requires_devices_during_lowering.add(primitive)  # there is no public way to say so
 

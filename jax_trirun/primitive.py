@@ -28,12 +28,11 @@ from jax.interpreters import ad, batching, mlir, xla
 from . import _ffi
 from .partition import (
     by_mapped_shards,
-    can_call_back,
     lower_partitioned,
     partitioned_matmul,
     partitioned_scales_cotangent,
 )
-from .reference import HIGHEST, matmul_reference, scales_cotangent_reference
+from .reference import HIGHEST, map_slices, matmul_reference, scales_cotangent_reference
 from .types import FLOATS, check_weights
 
 matmul_p = Primitive("jax_trirun_matmul")
@@ -273,15 +272,7 @@ for _platform in {b.platform for b in _ffi.BACKENDS.values()}:
     mlir.register_lowering(_call_p, _lower_ffi(_platform), platform=_platform)
 
 
-def _lower_matmul(ctx, *operands, **params):
-    def parts(*operands):
-        return partitioned_matmul(_call_p.bind, operands, **params)
-
-    function = parts if can_call_back("matmul", ctx) else partial(_call_p.bind, **params)
-    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
-
-
-lower_partitioned(matmul_p, _lower_matmul)
+lower_partitioned(matmul_p, _call_p, "matmul", partitioned_matmul)
 
 for _p in (matmul_p, _call_p):
     _p.def_abstract_eval(_abstract_eval)
@@ -303,13 +294,7 @@ def _batch(args, dims, **params):
 
 def _one_by_one(bind, args, dims, **params):
     """One call after the other, of the slices of what is batched."""
-    batched = [d is not None for d in dims]
-
-    def one(slices):
-        rest = iter(slices)
-        return bind(*(next(rest) if is_in else a for a, is_in in zip(args, batched, strict=True)), **params)
-
-    return jax.lax.map(one, tuple(a for a, is_in in zip(args, batched, strict=True) if is_in)), 0
+    return map_slices(partial(bind, **params), args, [d is not None for d in dims]), 0
 
 
 batching.primitive_batchers[matmul_p] = by_mapped_shards(_batch)
@@ -399,14 +384,6 @@ def _cotangent_abstract_eval(a, b, words, *zeros, k, groups, bits, backend):
     return b.update(shape=shape, dtype=np.dtype("float32"), weak_type=False, sharding=sharding)
 
 
-def _lower_cotangent(ctx, *operands, **params):
-    def parts(*operands):
-        return partitioned_scales_cotangent(_cotangent_call_p.bind, operands, **params)
-
-    function = parts if can_call_back("matmul", ctx) else partial(_cotangent_call_p.bind, **params)
-    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
-
-
 def _lower_cotangent_call(ctx, *operands, k, groups, bits, backend):
     del backend
 
@@ -447,7 +424,7 @@ def _cotangent_transpose(ct, a, b, words, *zeros, k, groups, bits, backend):
     return results
 
 
-lower_partitioned(scales_cotangent_p, _lower_cotangent)
+lower_partitioned(scales_cotangent_p, _cotangent_call_p, "matmul", partitioned_scales_cotangent)
 mlir.register_lowering(_cotangent_call_p, _lower_cotangent_call)
 for _p in (scales_cotangent_p, _cotangent_call_p):
     _p.def_abstract_eval(_cotangent_abstract_eval)

@@ -151,18 +151,22 @@ def _map_parts_of_k(
     """
     if parts == 1:
         return f(*arrays, k)[None]
-    is_cut = [array is not None and array.shape[0] > 1 for array in arrays]
+    is_cut = [a is not None and a.shape[0] > 1 for a in arrays]
+    cut = [
+        a.reshape(parts, a.shape[0] // parts, *a.shape[1:]) if a is not None and a.shape[0] > 1 else a
+        for a in arrays
+    ]
+    return map_slices(lambda *arrays: f(*arrays, k // parts), cut, is_cut)
 
-    def one(cut):
-        rest = iter(cut)
-        return f(
-            *(next(rest) if own else array for own, array in zip(is_cut, arrays, strict=True)), k // parts
-        )
 
-    def cut(array):
-        return array.reshape(parts, array.shape[0] // parts, *array.shape[1:])
+def map_slices(f: Callable[..., Any], arrays: Sequence[Any], mapped: Sequence[bool]) -> Any:
+    """f of one slice after the other, along their first axes, of the arrays that are mapped; of the others whole."""
 
-    return jax.lax.map(one, [cut(a) for a in arrays if a is not None and a.shape[0] > 1])
+    def one(slices):
+        rest = iter(slices)
+        return f(*(next(rest) if is_in else a for a, is_in in zip(arrays, mapped, strict=True)))
+
+    return jax.lax.map(one, [a for a, is_in in zip(arrays, mapped, strict=True) if is_in])
 
 
 def _parts_of_k(k: int, n: int, groups: int, bits: int, part_bytes: int) -> int:
