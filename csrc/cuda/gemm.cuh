@@ -215,6 +215,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   // The consumers wait for the producer to have made the barriers; it goes on at once.
   constexpr int kWorkingWarps = kWarpgroups * 4 + 1;
   RingPosition<kStages> ring;
+  allow_dependents();  // add_gemm_parts may be brought up as soon as there is room
 
   // One warp, of which one thread asks for the copies.
   const auto produce = [&] {
@@ -557,7 +558,6 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         store(segment, sums);
       }
     });
-    allow_dependents();  // add_gemm_parts may be brought up
   };
 
   if (warpgroup == kWarpgroups) {
@@ -575,20 +575,29 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
 template <typename T, int kTokens, int kWarpgroups, int kWarpTiles>
 __global__ void __launch_bounds__(128) add_gemm_parts(const __grid_constant__ GemmArgs args) {
   using Tile = TileLayout<kTokens, kWarpgroups, kWarpTiles>;
-  wait_for_prerequisites();
   const int begin = blockIdx.x * args.walk.units, end = begin + args.walk.units;
   const int first = args.walk.shares.owner(begin), last = args.walk.shares.owner(end - 1);
-  if (first == last) return;  // one block made it whole
+  const TilePosition at = tile_position(args.walk, args.walk.whole_tiles + blockIdx.x);
   const int row = blockIdx.z * Tile::kRows + blockIdx.y;
+  const float4* const from = args.parts + static_cast<int64_t>(row) * 128 + threadIdx.x;
+  constexpr int64_t kPartFloats = int64_t{kWarpgroups} * Tile::kRows * 128;
+  wait_for_prerequisites();
+  if (first == last) return;  // one block made it whole
   float4 sum = {};
-  for (int block = first; block <= last; ++block) {
-    const int part = 2 * block + (args.walk.shares.begin(block) <= begin);
-    const float4 v =
-        args.parts[(static_cast<int64_t>(part) * kWarpgroups * Tile::kRows + row) * 128 + threadIdx.x];
-    sum = block == first ? v : sum + v;
+  constexpr int kAtOnce = 8;  // on their way
+  for (int block = first; block <= last; block += kAtOnce) {
+    float4 v[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int part = 2 * (block + i) + (block + i == first);  // the start of a tile is a block's second part
+      if (block + i <= last) v[i] = __ldcg(from + part * kPartFloats);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (block + i <= last) sum = block + i == first ? v[i] : sum + v[i];
+    }
   }
-  Tile::template store<T>(args, tile_position(args.walk, args.walk.whole_tiles + blockIdx.x), blockIdx.z,
-                          blockIdx.y, sum);
+  Tile::template store<T>(args, at, blockIdx.z, blockIdx.y, sum);
 }
 
 }  // namespace jax_trirun::cuda
