@@ -383,7 +383,7 @@ struct SliceMath {
   // Cutting: a warp takes two units of a token at a time, a lane eight neighbouring values. The values of the first
   // few such tasks are asked for before the words are: behind those they would wait for some 2,500 clocks each.
   static constexpr int kUnitsAtOnce = 2;
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = kTokens > 2 ? 8 : 4;
   struct FirstValues {
     uint4 task[kAhead];
   };
@@ -417,14 +417,14 @@ struct SliceMath {
       first.task[i] = load(slice, task);
       task.advance(slice);
     };
-    static_assert(kAhead == 4);
-    load_next(0);
-    load_next(1);
-    first.task[2] = first.task[3] = make_uint4(0, 0, 0, 0);
-    // Few warps have more, and every instruction delays the words.
-    if (task.is_real(slice)) {
-      load_next(2);
-      load_next(3);
+    // Few warps have more than two, and every instruction delays the words.
+#pragma unroll
+    for (int i = 0; i < kAhead; i += 2) {
+      first.task[i] = first.task[i + 1] = make_uint4(0, 0, 0, 0);
+      if (i == 0 || task.is_real(slice)) {
+        load_next(i);
+        load_next(i + 1);
+      }
     }
   }
 
@@ -437,14 +437,29 @@ struct SliceMath {
     Task ahead = task;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ahead.advance(slice);
-#pragma unroll 1
-    while (task.is_real(slice)) {
-      leaves_out |= cut(shared, slice, task, values.task[0]);
-#pragma unroll
-      for (int i = 1; i < kAhead; ++i) values.task[i - 1] = values.task[i];
-      values.task[kAhead - 1] = load(slice, ahead);
+    const auto cut_next = [&](uint4& value, uint4& to) {
+      leaves_out |= cut(shared, slice, task, value);
+      to = load(slice, ahead);
       task.advance(slice);
       ahead.advance(slice);
+    };
+    if constexpr (kTokens > 2) {
+      // Many tasks: a value stays in the registers it was loaded to, as moving it would wait for it.
+      while (task.is_real(slice)) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (task.is_real(slice)) cut_next(values.task[i], values.task[i]);
+        }
+      }
+    } else {
+      // Mostly all of them are here already, and a short loop is there sooner.
+#pragma unroll 1
+      while (task.is_real(slice)) {
+        uint4 value = values.task[0];
+#pragma unroll
+        for (int i = 1; i < kAhead; ++i) values.task[i - 1] = values.task[i];
+        cut_next(value, values.task[kAhead - 1]);
+      }
     }
     return leaves_out;
   }
