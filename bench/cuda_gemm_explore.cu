@@ -10,75 +10,20 @@
 // -DVARIANTS='"FILE"' and -DTOKENS='"FILE"' name files that hold other lists.
 #include <cuda.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <string>
 #include <vector>
 
 #include "../csrc/cuda/gemm.cuh"
+#include "cuda_cublas.cuh"
 #include "cuda_timing.cuh"
 
 using namespace jax_trirun;
 using namespace jax_trirun::cuda;
 
-__global__ void fill_half(__half* p, size_t n, uint32_t seed, float scale) {
-  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
-       i += (size_t)gridDim.x * blockDim.x) {
-    // about normal: the sum of four uniforms
-    float sum = 0;
-    for (int j = 0; j < 4; ++j)
-      sum += (hash((uint32_t)(4 * i + j) * 2654435761u + seed) >> 8) * (2.f / 16777216.f) - 1.f;
-    p[i] = __float2half(sum * scale);
-  }
-}
 constexpr int kGroup = 128;
-constexpr int kSampledColumns = 2048;
-
-// Columns (i * 29) % n.
-__global__ void reference(const __half* x, const uint32_t* words, const __half* s, double* y, double* bound,
-                          int m0, int n, int k) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  const int col = (int)((int64_t)i * 29 % n);
-  const int row = m0 + blockIdx.y;
-  using L = Layout<2>;
-  double sum = 0, mag = 0;
-  for (int j = 0; j < k; ++j) {
-    auto at = L::locate(j % L::kBlockK, col % L::kBlockN);
-    size_t block = (size_t)(j / L::kBlockK) * ((n + L::kBlockN - 1) / L::kBlockN) + col / L::kBlockN;
-    int code = words[block * L::kWordsPerBlock + at.word] >> at.shift & 3;
-    double p = (double)__half2float(s[(size_t)(j / kGroup) * n + col]) * (code - 1) *
-               (double)__half2float(x[(size_t)row * k + j]);
-    sum += p;
-    mag += fabs(p);
-  }
-  y[(size_t)blockIdx.y * kSampledColumns + i] = sum;
-  bound[(size_t)blockIdx.y * kSampledColumns + i] = mag;
-}
-
-// Clock of an SM, in GHz, right after the work before it.
-__global__ void read_clock(float* ghz) {
-  uint64_t t0, t1;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t0));
-  const long long c0 = clock64();
-  while (clock64() - c0 < 20000) {
-  }
-  const long long c1 = clock64();
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t1));
-  *ghz = (float)(c1 - c0) / (float)(t1 - t0);
-}
-float last_ghz() {
-  static float* ghz = nullptr;
-  if (!ghz) CHECK(cudaMalloc(&ghz, 4));
-  read_clock<<<1, 1>>>(ghz);
-  float host;
-  CHECK(cudaMemcpy(&host, ghz, 4, cudaMemcpyDeviceToHost));
-  return host;
-}
 
 struct Variant {
   const char* name;
@@ -88,6 +33,7 @@ struct Variant {
   int bytes;
   const void* kernel;
   const void* add;
+  int threads() const { return (shape.warpgroups + 1) * 128; }
 };
 template <int kTokens, int kWarpgroups, int kWarpTiles, int kGroupSize, int kStages>
 Variant make(const char* name, int least, int most, int unit_clocks) {
@@ -139,20 +85,9 @@ int main(int argc, char** argv) {
   for (auto& v : variants) {
     std::printf("# clusters of 2, 3, .. 8 thread blocks of %s at once:", v.name);
     CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.bytes));
-    for (unsigned ranks = 2; ranks <= 8; ++ranks) {
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(ranks, sms);
-      config.blockDim = dim3((v.shape.warpgroups + 1) * 128);
-      config.dynamicSmemBytes = v.bytes;
-      cudaLaunchAttribute attr = {};
-      attr.id = cudaLaunchAttributeClusterDimension;
-      attr.val.clusterDim = {ranks, 1, 1};
-      config.attrs = &attr;
-      config.numAttrs = 1;
-      int clusters = 0;
-      CHECK(cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &config));
-      std::printf(" %d", clusters);
-    }
+    for (int ranks = 2; ranks <= 8; ++ranks)
+      std::printf(" %d",
+                  ClusterLaunch(dim3(ranks, sms), v.threads(), v.bytes, ranks).most_at_once(v.kernel));
     std::printf("\n");
   }
   typedef CUresult (*encode_t)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -164,26 +99,7 @@ int main(int argc, char** argv) {
   CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000,
                                          cudaEnableDefault, &query));
 
-  void* lib = dlopen("libcublas.so.13", RTLD_NOW);
-  if (!lib) lib = dlopen("libcublas.so", RTLD_NOW);
-  typedef int (*create_t)(void**);
-  typedef int (*stream_t)(void*, cudaStream_t);
-  typedef int (*gemm_t)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*,
-                        int, int, const void*, void*, int, int, int, int);
-  void* handle = nullptr;
-  stream_t set_stream = nullptr;
-  gemm_t gemm = nullptr;
-  if (lib) {
-    ((create_t)dlsym(lib, "cublasCreate_v2"))(&handle);
-    set_stream = (stream_t)dlsym(lib, "cublasSetStream_v2");
-    gemm = (gemm_t)dlsym(lib, "cublasGemmEx");
-    typedef int (*ws_t)(void*, void*, size_t);
-    void* ws;
-    CHECK(cudaMalloc(&ws, 64 << 20));
-    ((ws_t)dlsym(lib, "cublasSetWorkspace_v2"))(handle, ws, 64 << 20);
-  } else {
-    std::printf("# no cuBLAS: %s\n", dlerror());
-  }
+  const Cublas cublas;
 
   struct Shape {
     int k, n;
@@ -198,75 +114,44 @@ int main(int argc, char** argv) {
 #endif
   };
   const int most = *std::max_element(tokens.begin(), tokens.end());
-  char* pool;
+  Rotation weights = {};
   const size_t pool_bytes = (size_t)4 << 30;
-  CHECK(cudaMalloc(&pool, pool_bytes));
-  fill_random<<<1024, 256>>>((uint32_t*)pool, pool_bytes / 4, 1);
+  CHECK(cudaMalloc(&weights.pool, pool_bytes));
+  fill_random<<<1024, 256>>>((uint32_t*)weights.pool, pool_bytes / 4, 1);
   char* dense;  // for cuBLAS: finite values, about normal
   const size_t dense_bytes = (size_t)2 << 30;
   CHECK(cudaMalloc(&dense, dense_bytes));
-  fill_half<<<1024, 256>>>((__half*)dense, dense_bytes / 2, 3, 0.02f);
+  fill_normal<<<1024, 256>>>((__half*)dense, dense_bytes / 2, 3, 0.02f);
   __half *x, *scales, *y;
   float4* parts;
   CHECK(cudaMalloc(&x, (size_t)most * 28672 * 2));
-  fill_half<<<1024, 256>>>(x, (size_t)most * 28672, 7, 1.f);
+  fill_normal<<<1024, 256>>>(x, (size_t)most * 28672, 7, 1.f);
   CHECK(cudaMalloc(&scales, (size_t)64 << 20));
-  fill_half<<<1024, 256>>>(scales, (size_t)32 << 20, 9, 0.02f);
+  fill_normal<<<1024, 256>>>(scales, (size_t)32 << 20, 9, 0.02f);
   CHECK(cudaMalloc(&y, (size_t)most * 57344 * 2));
   CHECK(cudaMalloc(&parts, (size_t)256 << 20));
-  double *ref, *mag;
-  CHECK(cudaMalloc(&ref, 64 * kSampledColumns * 8));
-  CHECK(cudaMalloc(&mag, 64 * kSampledColumns * 8));
   CHECK(cudaDeviceSynchronize());
 
   for (auto shape : shapes) {
     const int k = shape.k, n = shape.n;
     if (only_k && (only_k != k || only_n != n)) continue;
     const int k_blocks = ceil_div(k, 64), n_blocks = ceil_div(n, 32);
-    const size_t word_bytes = (size_t)k_blocks * n_blocks * 512;
-    const size_t scale_bytes = (size_t)(k / kGroup) * n * 2;
-    const size_t bytes = word_bytes + scale_bytes;
-    const int copies = std::max<int>(2, ((size_t)300 << 20) / bytes + 1);
-    for (int c = 0; c < copies; ++c)
-      CHECK(cudaMemcpy(pool + c * bytes + word_bytes, scales, scale_bytes, cudaMemcpyDeviceToDevice));
-    float floor_us = 1e9f;
-    for (int blocks : {132, 264, 396, 528, 792, 1056}) {
-      floor_us = std::min(floor_us, graph_time_us(std::max(copies, 12), [&](int i, cudaStream_t s) {
-                            read_only<<<blocks, 256, 0, s>>>((const uint4*)(pool + (i % copies) * bytes),
-                                                             bytes / 16, (uint32_t*)parts);
-                          }));
-    }
+    weights.word_bytes = (size_t)k_blocks * n_blocks * 512;
+    weights.scale_bytes = (size_t)(k / kGroup) * n * 2;
+    weights.set_scales(scales);
+    const float floor_us = read_floor_us(weights, (uint32_t*)parts);
     for (int m : tokens) {
       if (only_m && only_m != m) continue;
       const bool large = (double)m * n * k > 4e11;
       const float settle_ms = (double)m * n * k > 1e10 ? 80 : 2;
-      const int launches = large ? 3 : std::max(copies, 12);
+      const int least_launches = large ? 2 : 12;
+      const int launches = Rotation::launches_of(weights.copies(), least_launches);
       float cublas_us = 0, cublas_ghz = 0;
-      if (gemm && !*only_variant) {
-        const size_t one_dense = (size_t)k * n * 2;
-        const int dcopies = std::max<int>(2, ((size_t)300 << 20) / one_dense + 1);
-        float one = 1.f, zero = 0.f;
-        for (int transposed :
-             {0, 1}) {  // weights [K, N], as Flax has them, or [N, K]: the faster one counts
-          const float us = graph_time_us(
-              large ? 3 : std::max(dcopies, 12),
-              [&](int i, cudaStream_t s) {
-                set_stream(handle, s);
-                gemm(handle, transposed, 0, n, m, k, &one, dense + (i % dcopies) * one_dense, 2,
-                     transposed ? k : n, x, 2, k, &zero, y, 2, n, 68, -1);
-              },
-              settle_ms);
-          cublas_us = transposed ? std::min(cublas_us, us) : us;
-        }
+      if (cublas.available() && !*only_variant) {
+        cublas_us = cublas.time_us(x, dense, y, m, n, k, settle_ms, least_launches);
         cublas_ghz = last_ghz();
       }
-      const int rows = std::min(m, 64);
-      reference<<<dim3(kSampledColumns / 128, rows), 128>>>(x, (uint32_t*)pool, scales, ref, mag, m - rows,
-                                                            n, k);
-      CHECK(cudaDeviceSynchronize());
-      std::vector<double> href(rows * kSampledColumns), hmag(rows * kSampledColumns);
-      CHECK(cudaMemcpy(href.data(), ref, href.size() * 8, cudaMemcpyDeviceToHost));
-      CHECK(cudaMemcpy(hmag.data(), mag, hmag.size() * 8, cudaMemcpyDeviceToHost));
+      const Sample sample = Sample::of(x, weights.copy(0), weights.scales(0), m, n, k, kGroup);
       Problem problem;
       problem.m = m, problem.n = n, problem.k = k, problem.groups = k / kGroup;
       for (auto& v : variants) {
@@ -293,28 +178,21 @@ int main(int argc, char** argv) {
         CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.bytes));
         auto launch = [&](int i, cudaStream_t s) {
           GemmArgs a = args;
-          char* base = pool + (i % copies) * bytes;
-          a.words = (const uint4*)base;
-          a.scales = base + word_bytes;
+          a.words = (const uint4*)weights.copy(i);
+          a.scales = weights.scales(i);
           void* params[] = {&map, &a};
-          cudaLaunchConfig_t config = {};
-          config.gridDim = plan.ranks > 1 ? dim3(plan.ranks, tiles) : dim3(plan.grid);
-          config.blockDim = dim3((v.shape.warpgroups + 1) * 128);
-          config.dynamicSmemBytes = v.bytes;
-          config.stream = s;
-          cudaLaunchAttribute attr = {};
-          attr.id = cudaLaunchAttributeClusterDimension;
-          attr.val.clusterDim = {(unsigned)plan.ranks, 1, 1};
-          config.attrs = &attr;
-          config.numAttrs = plan.ranks > 1;
-          CHECK(cudaLaunchKernelExC(&config, v.kernel, params));
+          const dim3 grid = plan.ranks > 1 ? dim3(plan.ranks, tiles) : dim3(plan.grid);
+          ClusterLaunch(grid, v.threads(), v.bytes, plan.ranks, s)(v.kernel, params);
           if (cut) {
             void* params[] = {&a};
+            cudaLaunchConfig_t config = {};
             config.gridDim = dim3(cut, v.rows, v.shape.warpgroups);
             config.blockDim = dim3(128);
-            config.dynamicSmemBytes = 0;
+            config.stream = s;
+            cudaLaunchAttribute attr = {};
             attr.id = cudaLaunchAttributeProgrammaticStreamSerialization;
             attr.val.programmaticStreamSerializationAllowed = 1;
+            config.attrs = &attr;
             config.numAttrs = 1;
             CHECK(cudaLaunchKernelExC(&config, v.add, params));
           }
@@ -322,18 +200,7 @@ int main(int argc, char** argv) {
         CHECK(cudaMemset(y, 0xff, (size_t)m * n * 2));
         launch(0, 0);
         CHECK(cudaDeviceSynchronize());
-        std::vector<__half> hy((size_t)rows * n);
-        CHECK(cudaMemcpy(hy.data(), y + (size_t)(m - rows) * n, hy.size() * 2, cudaMemcpyDeviceToHost));
-        double worst = 0;
-        for (int r = 0; r < rows; ++r) {
-          for (int i = 0; i < kSampledColumns; ++i) {
-            const size_t at = (size_t)r * kSampledColumns + i;
-            const double got = __half2float(hy[(size_t)r * n + (int64_t)i * 29 % n]);
-            double err = std::fabs(got - href[at]) - 4.9e-4 * std::fabs(href[at]);
-            double c = std::max(0.0, err) / (1.2e-7 * hmag[at] + 1e-30);
-            if (!(c <= worst)) worst = c;
-          }
-        }
+        const double worst = sample.worst(y);
         const float us = graph_time_us(launches, launch, settle_ms);
         const float ghz = last_ghz();
         std::printf("%d,%d,%d,%s,%d,%d,%d,%.2f,%.2f,%.3f,%.2f,%.3f,%.0f,%.1f,%.2f,%.2f\n", k, n, m, v.name,
