@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <iterator>
 #include <map>
 #include <string>
@@ -175,7 +176,7 @@ struct Case {
 
   double operations() const { return 2. * m * n * k; }
   // Products with many operations draw so much power that the clocks fall; the others need only begin.
-  float settle_ms() const { return operations() > 2e10 ? 80 : 10; }
+  float settle_ms() const { return operations() > 8e9 ? 80 : 10; }
   int least_launches() const { return operations() > 8e11 ? 2 : 12; }
 };
 
@@ -319,11 +320,15 @@ int main(int argc, char** argv) {
   CHECK(cudaGetDeviceProperties(&properties, 0));
   int driver;
   CHECK(cudaDriverGetVersion(&driver));
+  char date[16];
+  const std::time_t now = std::time(nullptr);
+  std::strftime(date, sizeof date, "%Y-%m-%d", std::localtime(&now));
   std::printf(
-      "# %s, %d SMs, CUDA driver %d.%d; captured graphs over rotating weights of 300 MB and more, medians "
-      "of 7\n#",
-      properties.name, properties.multiProcessorCount, driver / 1000, driver % 1000 / 10);
-  for (int i = 0; i < argc; ++i) std::printf(" %s", i == 0 ? "bench/cuda_matmul.cu" : argv[i]);
+      "# %s, %d SMs, CUDA driver %d.%d, %s; captured graphs over rotating weights of more than 300 MB, "
+      "medians of 7\n",
+      properties.name, properties.multiProcessorCount, driver / 1000, driver % 1000 / 10, date);
+  std::printf("# bench/cuda_matmul.cu");
+  for (int i = 1; i < argc; ++i) std::printf(" %s", argv[i]);
   std::printf("\n");
 
   Rotation weights = {};
@@ -356,30 +361,33 @@ int main(int argc, char** argv) {
           read_floor_us(weights, (uint32_t*)(half.y ? (void*)half.y : bfloat16.y));
     }
   }
-  // Large products heat the card and slow its clocks for seconds, so they come last.
+  std::vector<Case> cases;
+  for (const Shape& shape : shapes)
+    for (const int m : tokens)
+      for (const int group_size : group_sizes)
+        cases.push_back(
+            {shape.k, shape.n, m, group_size, false, floors[{shape.k, shape.n, group_size}], 0, 0});
+  // Large products slow the card's clocks for a while, so they come last.
+  std::stable_sort(cases.begin(), cases.end(),
+                   [](const Case& a, const Case& b) { return a.operations() < b.operations(); });
   Table table;
-  for (const int m : tokens) {
-    for (const Shape& shape : shapes) {
-      for (const int group_size : group_sizes) {
-        cut(shape, group_size);
-        for (const std::string& type : options.dtypes) {
-          const auto of_type = [&](const auto& data) {
-            using T = std::remove_pointer_t<decltype(data.x)>;
-            weights.set_scales(data.scales);
-            Case c = {shape.k, shape.n, m, group_size, false, floors[{shape.k, shape.n, group_size}], 0, 0};
-            if (with_cublas) {
-              c.cublas_us = cublas.time_us<T>(data.x, data.dense, data.y, m, c.n, c.k, c.settle_ms(),
-                                              c.least_launches());
-              c.cublas_ghz = last_ghz();
-            }
-            for (const std::string& backend : options.backends) {
-              c.portable = backend == "cuda-portable";
-              table.add(time_case<T>(c, weights, data, options.uncaptured));
-            }
-          };
-          type == "float16" ? of_type(half) : of_type(bfloat16);
+  for (Case c : cases) {
+    cut({c.k, c.n}, c.group_size);
+    for (const std::string& type : options.dtypes) {
+      const auto of_type = [&](const auto& data) {
+        using T = std::remove_pointer_t<decltype(data.x)>;
+        weights.set_scales(data.scales);
+        if (with_cublas) {
+          c.cublas_us = cublas.time_us<T>(data.x, data.dense, data.y, c.m, c.n, c.k, c.settle_ms(),
+                                          c.least_launches());
+          c.cublas_ghz = last_ghz();
         }
-      }
+        for (const std::string& backend : options.backends) {
+          c.portable = backend == "cuda-portable";
+          table.add(time_case<T>(c, weights, data, options.uncaptured));
+        }
+      };
+      type == "float16" ? of_type(half) : of_type(bfloat16);
     }
   }
   Row::print_header();

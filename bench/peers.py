@@ -20,6 +20,7 @@ import argparse
 import csv
 import ctypes
 import datetime
+import importlib.metadata
 import itertools
 import json
 import math
@@ -352,7 +353,7 @@ def time_contender(contender: Contender, weights: Sequence[Any], m: int, n: int,
     x = torch.randn((m, k), dtype=torch.float16, device="cuda")
     y = torch.empty((m, n), dtype=torch.float16, device="cuda")
     launches = launches_of(len(weights), 2 if 2 * m * n * k > 8e11 else 12)
-    settle_ms = 80 if m * n * k > 1e10 else 10  # what draws much power slows the clocks
+    settle_ms = 80 if m * n * k > 4e9 else 10  # what draws much power slows the clocks
     return graph_time_us(lambda i: contender.launch(x, weights[i % len(weights)], y), launches, settle_ms)
 
 
@@ -476,13 +477,16 @@ def time_all(
                 raise
             print(f"# without {contender.name}: {error}", flush=True)
             packed.remove(contender)
-    today = datetime.date.today().isoformat()
+    versions = [f"PyTorch {torch.__version__}"]
+    if any(isinstance(contender, Humming) for contender in packed):
+        versions.append(f"Humming {importlib.metadata.version('humming-kernels')}")
+    if any(isinstance(contender, TriRun) for contender in packed):
+        versions.append("TriRun without its cache hints")
+    sizes = ",".join(f"{k}x{n}" for k, n in shapes), ",".join(map(str, tokens))
     rows: list[dict[str, Any]] = []
     with output.open("w", newline="") as file:
-        print(
-            f"# {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {today}; bench/peers.py",
-            file=file,
-        )
+        made = ", ".join([torch.cuda.get_device_name(), *versions, datetime.date.today().isoformat()])
+        file.write(f"# {made}\n# bench/peers.py time --shape {sizes[0]} --m {sizes[1]}\n")
         writer = csv.DictWriter(file, [*COLUMNS, *RATIOS], extrasaction="ignore")
         writer.writeheader()
         weights = {
@@ -491,8 +495,9 @@ def time_all(
         for k, n in shapes:  # both layouts of cuBLAS are of the same numbers
             weights["cublas", k, n] = weights_of(Cublas(), k, n)
         floors = {(k, n): read_floor_us(library, weights[library.name, k, n]) for k, n in shapes}
-        # Large products heat the card and slow its clocks for seconds, so they come last.
-        for m, (k, n) in itertools.product(sorted(tokens), shapes):
+        # Large products slow the card's clocks for a while, so they come last.
+        cases = ((m, k, n) for (k, n), m in itertools.product(shapes, tokens))
+        for m, k, n in sorted(cases, key=math.prod):
             row: dict[str, Any] = {"K": k, "N": n, "M": m, "floor_us": floors[k, n]}
             for contender in packed:
                 row[f"{contender.name}_us"] = time_contender(

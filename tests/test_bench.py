@@ -1,7 +1,9 @@
 """python -m jax_trirun bench: its rows, that every product is made, and its messages."""
 
 import csv
+import importlib.util
 import pathlib
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +86,8 @@ def test_the_best_back_end_is_the_default():
     assert bench.parse_backends(None) == [best if best in _ffi.BACKENDS else "reference"]
 
 
-_MULTI = pathlib.Path(__file__).parents[1] / "bench" / "multi_gpu.py"
+BENCH = pathlib.Path(__file__).parents[1] / "bench"
+_MULTI = BENCH / "multi_gpu.py"
 
 
 def test_several_devices_beside_one(tmp_path, run_python):
@@ -128,3 +131,95 @@ def test_mistakes_are_told_before_anything_is_measured(arguments, message, capsy
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ""
+
+
+@pytest.fixture(scope="module")
+def peers():
+    """bench/peers.py, which imports PyTorch and the peers only when it times."""
+    spec = importlib.util.spec_from_file_location("peers", BENCH / "peers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HINTED = """
+    "   createpolicy.fractional.L2::evict_first.b64 p, 1.0;"
+    "   cp.async.cg.shared.global.L2::cache_hint [%0], [%1], %2, p;\\n"
+    "   @p cp.async.cg.shared.global [%1], [%2], %3;\\n"
+"""
+
+
+def test_a_peer_is_built_without_cache_hints(peers, tmp_path, monkeypatch):
+    """What the compiler is given, for a compiler that only keeps it."""
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != -o ]; do shift; done\n'
+        'output=$2; shift 2; echo "$@" > "$output"; cat "$1" >> "$output"\n'
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    source = tmp_path / "trirun_cuda_kernel.cu"
+    source.write_text(HINTED)
+    assert peers.main(["build", str(tmp_path / "libraries"), "--trirun", str(source)]) == 0
+    built = (tmp_path / "libraries" / "libtrirun.so").read_text()
+    assert '"   cp.async.cg.shared.global [%0], [%1], %2;' in built
+    assert '"   @p cp.async.cg.shared.global [%1], [%2], %3;' in built  # had none
+    assert "cache_hint" not in built and "createpolicy" not in built
+    assert 'extern "C" int bench_trirun' in built
+    kernels = (tmp_path / "libraries" / "libjax_trirun.so").read_text().splitlines()[0].split()
+    assert {pathlib.Path(name).name for name in kernels} >= {"cuda_library.cu", "matmul.cu", "gemm_f16.cu"}
+    with pytest.raises(ValueError, match=r"--trirun must name trirun_cuda_kernel\.cu.*found none"):
+        peers.without_cache_hints(built)
+
+
+def test_what_peers_are_compared_by(peers):
+    row = {"K": 4096, "N": 256, "M": 8, "floor_us": 2.0, "cublas_us": 9.0, "cuda_us": 4.0, "trirun_us": 3.0}
+    row |= {"humming_us": None, "cuda-portable_us": 6.0}
+    assert peers.ratios(row) == {
+        "cuda_over_floor": "2.000",
+        "cublas_over_cuda": "2.250",
+        "trirun_over_cuda": "0.750",
+        "humming_over_cuda": "",
+        "trirun_over_portable": "0.500",
+    }
+    assert peers.where_peers_win([row]) == ["trirun takes 3.00 us and cuda 4.00 at 4096 x 256, M=8"]
+    for weight_bytes in (4_456_448, 124_780_544, 939_524_096):
+        copies = peers.rotation(weight_bytes)
+        assert copies >= 2 and copies * weight_bytes > peers.ROTATION_BYTES
+        assert peers.launches_of(copies, 12) % copies == 0 and peers.launches_of(copies, 12) >= 12
+
+
+@pytest.mark.parametrize("wrong", [["--shape", "4096"], ["--shape", "4096x100"], ["--m", "0"], ["--m", "x"]])
+def test_mistakes_are_told_before_peers_are_timed(peers, wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        peers.main(["time", ".", *wrong])
+    assert stopped.value.code == 2
+    assert (
+        "--shape must be KxN with K in multiples of 128 and N in multiples of 256" in capsys.readouterr().err
+    )
+
+
+QUOTIENTS = {
+    "cuda_matmul": {"time_over_floor": ("us", "floor_us"), "speedup": ("cublas_us", "us")},
+    "peers": {"cuda_over_floor": ("cuda_us", "floor_us"), "humming_over_cuda": ("humming_us", "cuda_us")},
+}
+
+
+@pytest.mark.parametrize("program", QUOTIENTS)
+def test_results_of_the_cuda_benchmarks_agree_with_themselves(program):
+    """Every file says where it comes from, its ratios are those of its times, and nothing beats reading."""
+    files = sorted((BENCH / "results").glob(f"{program}_h200_*.csv"))
+    assert files
+    for file in files:
+        lines = file.read_text().splitlines()
+        assert lines[0].startswith("# NVIDIA H200")
+        assert any(f"bench/{program}." in line for line in lines if line.startswith("#"))
+        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+        assert len(rows) > 20
+        for row in rows:
+            for ratio, (above, below) in QUOTIENTS[program].items():
+                if row[ratio]:
+                    assert float(row[ratio]) == pytest.approx(float(row[above]) / float(row[below]), rel=0.01)
+            if row.get("us") or row.get("cuda_us"):
+                assert float(row.get("us") or row.get("cuda_us")) > 0.98 * float(row["floor_us"])
