@@ -496,55 +496,41 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     const auto store = [&](const Segment& segment, const float (&d)[kWarpTiles][kSums]) {
       const TilePosition at = {segment.m_tile, segment.n_tile};
       const int first_row = warpgroup * Tile::kRows;
-      if (args.walk.ranks == 1) {
 #pragma unroll
-        for (int r = 0; r < Tile::kRows; ++r) {
-          const float4 v = Tile::row_of(d, r);
-          if (segment.part >= 0) {
-            *part_at(segment.part, first_row + r) = v;
-          } else {
-            Tile::template store<T>(args, at, warpgroup, r, v);
-          }
+      for (int r = 0; r < Tile::kRows; ++r) {
+        const float4 v = Tile::row_of(d, r);
+        if (segment.part >= 0) {
+          *part_at(segment.part, first_row + r) = v;
+        } else {
+          Tile::template store<T>(args, at, warpgroup, r, v);
         }
-        return;
       }
-      // The blocks of the cluster add up some rows each, in the order of their ranks; the others' they leave in
-      // memory.
+      const int ranks = args.walk.ranks;
+      if (ranks == 1) return;
+      // The blocks of the cluster add up a run of rows each, in the order of their ranks. (Their own are in registers,
+      // but in which depends on the rank: the code for that took longer than reading them again.)
       const int rank = blockIdx.x;
-      const auto next = [&](int owner) { return owner + 1 == args.walk.ranks ? 0 : owner + 1; };
-      int owner = 0;
-#pragma unroll
-      for (int r = 0; r < Tile::kRows; ++r, owner = next(owner)) {
-        if (owner != rank) *part_at(segment.part, first_row + r) = Tile::row_of(d, r);
-      }
+      const int begin = rank * Tile::kRows / ranks, end = (rank + 1) * Tile::kRows / ranks;
       cluster_arrive();
       cluster_wait();
-      constexpr int kMost = kWarpTiles == 1 ? 16 : 8;  // rows on their way
-      constexpr int kAtOnce = Tile::kRows % kMost == 0 ? kMost : Tile::kRows / ceil_div(Tile::kRows, kMost);
-      static_assert(Tile::kRows % kAtOnce == 0);
-      owner = 0;
-#pragma unroll
-      for (int first = 0; first < Tile::kRows; first += kAtOnce) {
-        bool mine[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i, owner = next(owner)) mine[i] = owner == rank;
+      constexpr int kAtOnce = 8;  // rows on their way
+#pragma unroll 1
+      for (int first = begin; first < end; first += kAtOnce) {
+        const float4* from = part_at(segment.part - rank, first_row + first);
         float4 sum[kAtOnce] = {};
-        for (int other = 0; other < args.walk.ranks; ++other) {
+#pragma unroll 2
+        for (int other = 0; other < ranks; ++other, from += kWarpgroups * Tile::kRows * 128) {
           float4 v[kAtOnce] = {};
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
-            if (other == rank) {
-              v[i] = Tile::row_of(d, first + i);
-            } else if (mine[i]) {
-              v[i] = __ldcg(part_at(segment.part - rank + other, first_row + first + i));
-            }
+            if (first + i < end) v[i] = __ldcg(from + i * 128);
           }
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) sum[i] = other == 0 ? v[i] : sum[i] + v[i];
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if (mine[i]) Tile::template store<T>(args, at, warpgroup, first + i, sum[i]);
+          if (first + i < end) Tile::template store<T>(args, at, warpgroup, first + i, sum[i]);
         }
       }
     };
@@ -589,7 +575,8 @@ __global__ void __launch_bounds__(128) add_gemm_parts(const __grid_constant__ Ge
     float4 v[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int part = 2 * (block + i) + (block + i == first);  // the start of a tile is a block's second part
+      // The start of a tile is a block's second part.
+      const int part = 2 * (block + i) + (block + i == first);
       if (block + i <= last) v[i] = __ldcg(from + part * kPartFloats);
     }
 #pragma unroll

@@ -103,7 +103,7 @@ inline int clusters_at_once(int ranks, int sms) {
 inline GemmPlan plan_gemm(const Problem& problem, const GemmShape& shape, int sms) {
   // Clocks, from bench/cuda_gemm_explore.cu on an H200: to begin, to add up the parts in a second kernel (through the
   // L2 cache, at some 1,600 bytes a clock), or in a cluster (a thread block at 12 bytes a clock).
-  constexpr int64_t kStart = 3500, kOfParts = 3200, kOfCluster = 4300;
+  constexpr int64_t kStart = 3500, kOfParts = 3200, kOfCluster = 3300;
   GemmPlan plan = {};
   plan.m_tiles = static_cast<int>(ceil_div(problem.m, shape.tokens));
   plan.n_tiles = static_cast<int>(ceil_div(problem.n, shape.features()));
