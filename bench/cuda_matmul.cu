@@ -39,8 +39,9 @@ constexpr double kCliff = 1.05;
 
 struct Options {
   std::vector<std::string> shapes = {"8192x57344", "28672x8192", "4096x28672", "4096x4096"};
-  std::vector<std::string> m = {"1",   "4",   "8",   "16",  "32",  "33",  "48",   "64",   "65",   "96",
-                                "128", "129", "192", "256", "257", "512", "1000", "1024", "4096", "16384"};
+  std::vector<std::string> m = {"1",   "4",   "8",   "16",   "24",   "32",   "33",
+                                "48",  "64",  "65",  "96",   "128",  "129",  "192",
+                                "256", "257", "512", "1000", "1024", "4096", "16384"};
   std::vector<std::string> dtypes = {"float16"};
   std::vector<std::string> group_sizes = {"128"};
   std::vector<std::string> backends = {"cuda", "cuda-portable"};
@@ -135,8 +136,9 @@ class Row {
     std::printf("\n");
   }
   void add(const std::string& column, const std::string& text) {
-    for (size_t i = 0; i < std::size(kColumns); ++i)
-      if (column == kColumns[i]) cells_[i] = text;
+    const auto found = std::find(std::begin(kColumns), std::end(kColumns), column);
+    if (found == std::end(kColumns)) refuse("a row has the columns of kColumns", column);
+    cells_[found - kColumns] = text;
   }
   void add(const std::string& column, int number) { add(column, std::to_string(number)); }
   void add(const std::string& column, int decimals, double number) {
@@ -175,14 +177,32 @@ struct Case {
   float floor_us, cublas_us, cublas_ghz;  // 0: not measured
 
   double operations() const { return 2. * m * n * k; }
-  // Products with many operations draw so much power that the clocks fall; the others need only begin.
-  float settle_ms() const { return operations() > 8e9 ? 80 : 10; }
+  // Products with many operations draw so much power that the clocks fall, and take a while to; the others need only
+  // begin.
+  float settle_ms() const { return operations() > 1e11 ? 200 : operations() > 8e9 ? 80 : 10; }
   int least_launches() const { return operations() > 8e11 ? 2 : 12; }
+
+  int k_of_group() const { return group_size ? group_size : k; }
+  const char* backend() const { return portable ? "cuda-portable" : "cuda"; }
+  // What differs from other cases in M alone.
+  std::string series(const std::string& dtype) const {
+    return std::to_string(k) + "x" + std::to_string(n) + " " + dtype + ", groups of " +
+           std::to_string(k_of_group()) + ", " + backend();
+  }
+  // With what is known before it is timed.
+  Row row(const std::string& dtype) const {
+    Row row;
+    row.add("K", k), row.add("N", n), row.add("M", m), row.add("dtype", dtype);
+    row.add("group_size", k_of_group()), row.add("backend", std::string(backend()));
+    row.add("floor_us", 2, floor_us);
+    if (cublas_us > 0) row.add("cublas_us", 2, cublas_us), row.add("cublas_ghz", 2, cublas_ghz);
+    return row;
+  }
 };
 
 struct Timed {
   Case c;
-  std::string series;  // what differs from other rows in M alone
+  std::string series;
   Row row;
   float us;  // in a graph; 0 where no kernel covers the product
 };
@@ -212,16 +232,8 @@ Timed time_case(const Case& c, const Rotation& weights, const Data<T>& data, boo
   CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  Row row;
-  row.add("K", c.k), row.add("N", c.n), row.add("M", c.m), row.add("dtype", name_of(args.x_type));
-  row.add("group_size", c.group_size ? c.group_size : c.k),
-      row.add("backend", c.portable ? "cuda-portable" : "cuda");
-  row.add("floor_us", 2, c.floor_us);
-  if (c.cublas_us > 0) row.add("cublas_us", 2, c.cublas_us), row.add("cublas_ghz", 2, c.cublas_ghz);
-  const std::string series = std::to_string(c.k) + "x" + std::to_string(c.n) + " " + name_of(args.x_type) +
-                             ", groups of " + std::to_string(c.group_size ? c.group_size : c.k) + ", " +
-                             (c.portable ? "cuda-portable" : "cuda");
-  if (!why_unsupported(args, major * 10 + minor).empty()) return {c, series, row, 0};
+  Timed timed = {c, c.series(name_of(args.x_type)), c.row(name_of(args.x_type)), 0};
+  if (!why_unsupported(args, major * 10 + minor).empty()) return timed;
   if (const int64_t bytes = scratch_bytes(args.problem, args.x_type, c.portable))
     CHECK(cudaMalloc(&args.scratch, bytes));
 
@@ -241,9 +253,10 @@ Timed time_case(const Case& c, const Rotation& weights, const Data<T>& data, boo
       Sample::of(data.x, weights.copy(0), weights.scales(0), c.m, c.n, c.k, c.group_size).worst(data.y);
 
   const int launches = Rotation::launches_of(weights.copies(), c.least_launches());
-  const float us = graph_time_us(launches, launch, c.settle_ms());
+  const float us = timed.us = graph_time_us(launches, launch, c.settle_ms());
   const float ghz = last_ghz();
   const std::string kernel = describe_kernel(args, major * 10 + minor, sms);
+  Row& row = timed.row;
   row.add("us", 2, us), row.add("time_over_floor", 3, us / c.floor_us), row.add("ghz", 2, ghz);
   if (c.cublas_us > 0) row.add("speedup", 3, c.cublas_us / us);
   // Until the host's time for one launch no longer counts.
@@ -251,10 +264,11 @@ Timed time_case(const Case& c, const Rotation& weights, const Data<T>& data, boo
   if (uncaptured) row.add("us_uncaptured", 2, stream_time_us(in_a_row, launch));
   row.add("words_read", words_read(kernel));
   row.add("words_read_mb", 1, words_read(kernel) * 1e-6 * weights.word_bytes);
-  row.add("tflops", 0, c.operations() * 1e-6 / us), row.add("worst_c", 1, worst),
-      row.add("kernel", "\"" + kernel + "\"");
+  row.add("tflops", 0, c.operations() * 1e-6 / us);
+  row.add("worst_c", 1, worst);
+  row.add("kernel", "\"" + kernel + "\"");
   CHECK(cudaFree(args.scratch));
-  return {c, series, row, us};
+  return timed;
 }
 
 // Rows in the order of the shapes, and what they say together.

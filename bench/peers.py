@@ -343,6 +343,11 @@ def launches_of(copies: int, least: int) -> int:
     return -(-least // copies) * copies
 
 
+def settle_ms(operations: float) -> float:
+    """How long the clocks take to settle under such products: the more power they draw, the slower they become."""
+    return 200 if operations > 1e11 else 80 if operations > 8e9 else 10
+
+
 def time_contender(contender: Contender, weights: Sequence[Any], m: int, n: int, k: int) -> float | None:
     import torch
 
@@ -353,8 +358,9 @@ def time_contender(contender: Contender, weights: Sequence[Any], m: int, n: int,
     x = torch.randn((m, k), dtype=torch.float16, device="cuda")
     y = torch.empty((m, n), dtype=torch.float16, device="cuda")
     launches = launches_of(len(weights), 2 if 2 * m * n * k > 8e11 else 12)
-    settle_ms = 80 if m * n * k > 4e9 else 10  # what draws much power slows the clocks
-    return graph_time_us(lambda i: contender.launch(x, weights[i % len(weights)], y), launches, settle_ms)
+    return graph_time_us(
+        lambda i: contender.launch(x, weights[i % len(weights)], y), launches, settle_ms(2 * m * n * k)
+    )
 
 
 def read_floor_us(library: Library, weights: Sequence[Any]) -> float:
