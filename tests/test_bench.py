@@ -56,6 +56,20 @@ def test_a_row_for_the_dense_dot_and_each_back_end(tmp_path, capsys):
     assert "a cache may hold them" in printed
 
 
+def test_gradients_instead_of_products(tmp_path, capsys):
+    path = tmp_path / "bench.csv"
+    sizes = ["--backward", "--shape", "256x96", "--tokens", "3", "--backend", "cpu", "--csv", str(path)]
+    assert cli.main(["bench", *sizes, *QUICK]) == 0
+    dense, packed = rows_of(path)
+    # There is no kernel for it: XLA's operations, whatever the back end.
+    assert [(row["gradient"], row["backend"], row["runs"]) for row in (dense, packed)] == [
+        ("1", "dense dot", "XLA"),
+        ("1", "cpu", "XLA"),
+    ]
+    assert float(packed["median_us"]) > 0
+    assert "gradients with respect to x" in capsys.readouterr().out
+
+
 def test_every_product_is_made():
     problem = MatmulProblem(2, 128, 64, 64)
     with jax.default_device(jax.devices("cpu")[0]):

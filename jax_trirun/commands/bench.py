@@ -3,6 +3,7 @@
     python -m jax_trirun bench
     python -m jax_trirun bench --shape 4096x4096 --shape 14336x4096 --tokens 1,8,64 --dtype bfloat16
     python -m jax_trirun bench --backend cuda,cuda-portable,reference --csv bench.csv
+    python -m jax_trirun bench --backward --tokens 64,512,4096
 
 A time is that of one product inside a jitted function that makes several, each with another copy of the
 weight, so that the copies together exceed the caches: the layers of a model follow each other as well. The
@@ -21,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="[in, out] of a weight; may be given several times (default: 4096x14336)",
     )
     parser.add_argument("--tokens", default="1,8,64", metavar="M,..", help="rows of x (default: %(default)s)")
+    parser.add_argument(
+        "--backward",
+        action="store_true",
+        help="time the gradient with respect to x instead, y_bar [M, N] @ W.T [N, K]",
+    )
     parser.add_argument(
         "--group-size", type=int, default=128, help="32, 64, 128, or -1 for one group (default: %(default)s)"
     )
@@ -86,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"{dtype} x, group size {arguments.group_size}, {arguments.scale_dtype} scales"
         + (" and zeros" if arguments.zeros else "")
+        + (", gradients with respect to x" if arguments.backward else "")
     )
     print(HEADER)
     rows: list[dict[str, Any]] = []
@@ -95,7 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         weights = Weights(base, device)
         for m in tokens:
-            for row in measure(replace(base, m=m), weights, backends, device, arguments.seconds):
+            problem = replace(base, m=m)
+            for row in measure(problem, weights, backends, device, arguments.seconds, arguments.backward):
                 rows.append(about | row)
                 print(table_line(row), flush=True)
         print("".join(f"{note}\n" for note in weights.notes), end="")
@@ -243,9 +252,14 @@ def take_turns(cases: Sequence[Case], seconds: float) -> list[list[float]]:
 
 
 def measure(
-    problem: MatmulProblem, weights: Weights, backends: Sequence[str], device: jax.Device, seconds: float
+    problem: MatmulProblem,
+    weights: Weights,
+    backends: Sequence[str],
+    device: jax.Device,
+    seconds: float,
+    backward: bool,
 ) -> list[dict[str, Any]]:
-    """A row for the dense dot and one for each back end."""
+    """A row for the dense dot and one for each back end, of the product or of its gradient."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -253,12 +267,20 @@ def measure(
     from .. import _ffi, matmul
     from ..testing import costs
 
-    def on(name: str) -> Callable[[Any, Any], Any]:
-        return lambda x, weight: matmul(x, weight, backend=name)
-
     x = jax.device_put(problem.x(), device)
-    cases = [Case(DENSE, repeated(jnp.dot), x, weights.dense)]
-    cases += [Case(name, repeated(on(name)), x, weights.packed) for name in backends]
+    given = x
+    if backward:
+        y_bar = np.random.default_rng(0).standard_normal((problem.m, problem.n))
+        given = jax.device_put(y_bar.astype(x.dtype), device)
+
+    def of(product: Callable[[Any, Any], Any]) -> jax.stages.Wrapped:
+        def gradient(y_bar: Any, weight: Any) -> Any:
+            return jax.linear_transpose(lambda x: product(x, weight), x)(y_bar)[0]
+
+        return repeated(gradient if backward else product)
+
+    cases = [Case(DENSE, of(jnp.dot), given, weights.dense)]
+    cases += [Case(name, of(partial(matmul, backend=name)), given, weights.packed) for name in backends]
     runs = [implementation(case) for case in cases]
     samples = take_turns(cases, seconds)
     dense_median = statistics.median(samples[0])
@@ -273,6 +295,7 @@ def measure(
                 "k": problem.k,
                 "n": problem.n,
                 "m": problem.m,
+                "gradient": int(backward),
                 "group_size": problem.group_size,
                 "zeros": int(problem.with_zeros),
                 "x_dtype": problem.x_dtype,
