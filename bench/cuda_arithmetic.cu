@@ -122,6 +122,150 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1)
 #endif
 }
 
+// Unsigned bytes of A times signed ones of B, sums in int32.
+template <int kColumns>
+struct Int8Wgmma;
+
+#define INT8_WGMMA(COLUMNS, OPERANDS, A, B, ACCUMULATE, ...)                                              \
+  template <>                                                                                             \
+  struct Int8Wgmma<COLUMNS> {                                                                             \
+    static __device__ __forceinline__ void mma(int (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, \
+                                               bool accumulate) {                                         \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE                       \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.u8.s8 {" OPERANDS "}, {" A \
+                   "}, " B ", accumulate;\n}\n"                                                           \
+                   : __VA_ARGS__                                                                          \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                                  \
+                     "r"(static_cast<int>(accumulate)));                                                  \
+    }                                                                                                     \
+  };
+// clang-format off
+INT8_WGMMA(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12", "%13", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]))
+INT8_WGMMA(32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16, %17, %18, %19", "%20", "%21", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]))
+INT8_WGMMA(48, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23", "%24, %25, %26, %27", "%28", "%29", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]))
+INT8_WGMMA(64, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31", "%32, %33, %34, %35", "%36", "%37", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]))
+// clang-format on
+#undef INT8_WGMMA
+
+template <int kSize>
+__device__ __forceinline__ void pin(int (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// Units of int8 digits by wgmma: four columns a token, of which a lane has all four.
+template <int kTokens, int kWarpgroups>
+__global__ void __launch_bounds__(kWarpgroups * 128, 1)
+    multiply_digits_wgmma(float* out, long long* clocks) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ char memory[];
+  const uint32_t shared = (shared_address(memory) + 1023) / 1024 * 1024;
+  fill_shared(shared);
+  constexpr int kColumns = kTokens * 4, kSums = kColumns / 2, kWords = 4;
+  constexpr int kOwn = kTokens / 4;  // tokens of a lane
+  int sums[L::kTiles][kSums];
+  float total[L::kTiles][kOwn * 2];
+  float scales[L::kTiles][2] = {{1.f, 2.f}, {3.f, 4.f}};
+  for (int i = 0; i < L::kTiles; ++i) {
+    for (int r = 0; r < kSums; ++r) sums[i][r] = 0;
+    for (int r = 0; r < kOwn * 2; ++r) total[i][r] = 0.f;
+    for (int b = 0; b < 2; ++b) asm volatile("" : "+f"(scales[i][b]));
+  }
+  const uint32_t words_at = shared + 65536 + threadIdx.x / 32 * 4096 + threadIdx.x % 32 * 16;
+  const uint32_t tokens_at = shared + 131072 + threadIdx.x % 4 * 16;
+  uint32_t a[L::kTiles][kWords][4];
+  const long long start = clock64();
+#pragma unroll 1
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const uint32_t x_at = shared + (unit & 3) * 16384;
+    const uint4 v = load_shared_16(words_at), w = load_shared_16(words_at + 512);
+    uint4 of_token[kOwn];  // what the higher and the lower two digits add up to, and the power of two
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) of_token[j] = load_shared_16(tokens_at + (unit & 3) * 256 + j * 64);
+    const auto add_tile = [&](int i) {
+      pin(sums[i]);
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int* d = &sums[i][8 * j + 2 * b];
+          const int high = d[0] * 256 + d[1] - static_cast<int>(b ? of_token[j].x << 4 : of_token[j].x);
+          const int low = d[4] * 256 + d[5] - static_cast<int>(b ? of_token[j].y << 4 : of_token[j].y);
+          const float value = fmaf(static_cast<float>(high), 65536.f, static_cast<float>(low));
+          total[i][2 * j + b] =
+              fmaf(value, scales[i][b] * __uint_as_float(of_token[j].z), total[i][2 * j + b]);
+        }
+      }
+      pin(total[i]);
+    };
+    const uint32_t words[L::kTiles][kWords] = {{v.x, v.z, w.x, w.z}, {v.y, v.w, w.y, w.w}};
+#pragma unroll
+    for (int i = 0; i < L::kTiles; ++i) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        uint32_t packed = words[i][word];
+        asm volatile("" : "+r"(packed));
+        const uint32_t high = packed >> 2;
+        a[i][word][0] = packed & 0x03030303u, a[i][word][1] = packed & 0x30303030u;
+        a[i][word][2] = high & 0x03030303u, a[i][word][3] = high & 0x30303030u;
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int word = 0; word < kWords; ++word)
+        Int8Wgmma<kColumns>::mma(sums[i], a[i][word], swizzled_descriptor(x_at) + word * 2, word > 0);
+      wgmma_commit();
+      if (i > 0) {
+        wgmma_wait<1>();
+        add_tile(0);
+      }
+    }
+    wgmma_wait<0>();
+    add_tile(1);
+  }
+  const long long end = clock64();
+  float sum = 0;
+  for (int i = 0; i < L::kTiles; ++i) {
+    for (int r = 0; r < kOwn * 2; ++r) sum += total[i][r];
+    for (int r = 0; r < kSums; ++r) sum += sums[i][r];
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+  if (threadIdx.x == 0 && blockIdx.x == 0) *clocks = end - start;
+#endif
+}
+
+// Nothing but 32 mma.sync a unit: dense ones of 16 of K, or sparse ones of 32, which could take the codes as the
+// positions of A's values (each picks one of four rows of B: -x, 0, x and 2x), but twice as many of them.
+template <bool kSparse>
+__global__ void __launch_bounds__(512, 1) multiply_only(float* out, long long* clocks) {
+  float d[8][4] = {};
+  uint32_t a[4], b[4], positions[8];
+  for (int i = 0; i < 4; ++i) a[i] = opaque(0x3c00), b[i] = opaque(threadIdx.x + i);
+  for (int i = 0; i < 8; ++i) positions[i] = (threadIdx.x * 77u + i) * 2654435761u;
+  const long long start = clock64();
+#pragma unroll 1
+  for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      float (&c)[4] = d[i % 8];
+      if constexpr (kSparse) {
+        asm volatile(
+            "mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+              "r"(positions[i % 8]));
+      } else {
+        mma_m16n8k16<__half>(c, a, b[0], b[1], c);
+      }
+    }
+  }
+  const long long end = clock64();
+  float sum = 0;
+  for (const auto& c : d) sum += c[0] + c[1] + c[2] + c[3];
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+  if (threadIdx.x == 0 && blockIdx.x == 0) *clocks = end - start;
+}
+
 float* out;
 long long* clocks;
 
@@ -155,6 +299,20 @@ void wgmma() {
          [&] { kernel<<<132, kWarpgroups * 128, kSharedBytes>>>(out, clocks); });
 }
 
+template <int kTokens, int kWarpgroups>
+void digits_wgmma() {
+  const auto kernel = multiply_digits_wgmma<kTokens, kWarpgroups>;
+  report("wgmma int8 digits", kTokens, kWarpgroups * 4, reinterpret_cast<const void*>(kernel),
+         [&] { kernel<<<132, kWarpgroups * 128, kSharedBytes>>>(out, clocks); });
+}
+
+template <bool kSparse>
+void only(const char* name) {
+  const auto kernel = multiply_only<kSparse>;
+  report(name, 8, 16, reinterpret_cast<const void*>(kernel),
+         [&] { kernel<<<132, 512, kSharedBytes>>>(out, clocks); });
+}
+
 template <template <int, typename, typename, int, int, bool> class Math, int kTiles>
 using Of = Math<2, __half, __half, kTiles, 128, false>;
 
@@ -172,6 +330,19 @@ int main() {
   decode<Of<FloatMath, 1>, 20>("mma.sync float16", 32);
   decode<Of<FloatMath, 2>, 12>("mma.sync float16", 16);
   decode<Of<FloatMath, 2>, 16>("mma.sync float16", 16);
+  only<false>("32 mma.sync");
+  only<true>("32 mma.sp");
+  digits_wgmma<4, 1>();
+  digits_wgmma<4, 2>();
+  digits_wgmma<4, 3>();
+  digits_wgmma<4, 4>();
+  digits_wgmma<8, 2>();
+  digits_wgmma<8, 3>();
+  digits_wgmma<8, 4>();
+  digits_wgmma<12, 2>();
+  digits_wgmma<12, 3>();
+  digits_wgmma<16, 2>();
+  digits_wgmma<16, 3>();
   wgmma<8, 3>();
   wgmma<16, 3>();
   wgmma<32, 1>();
