@@ -180,7 +180,7 @@ inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros
     some.m = rows;
     const int64_t of_gemm = choose_gemm(some, all_of_x_type, zeros, sms).plan.clocks;
     // The decode kernels: 1.2 to 2.4 times as long as the words take to arrive, at 2,100 bytes a clock.
-    const int64_t of_decode = 3000 + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
+    const int64_t of_decode = 5000 + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
     return rows <= 16 ? std::min(of_gemm, of_decode) : of_gemm;
   };
   // Whole tiles draw more power, and take up to a fifth longer than their clocks say.
@@ -188,7 +188,8 @@ inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros
   for (int64_t tile : {128, 64}) {
     const int64_t rest = problem.m % tile;
     if (rest == 0 || rest == problem.m || rest > 64) continue;
-    const int64_t in_two = clocks(problem.m - rest) + clocks(rest);
+    constexpr int64_t kLaunch = 1500;  // another one
+    const int64_t in_two = clocks(problem.m - rest) + clocks(rest) + kLaunch;
     if (in_two < best_clocks) best = problem.m - rest, best_clocks = in_two;
   }
   return best;
