@@ -104,8 +104,13 @@ list_parts() {  # the longest first
       echo "$tests/test_cuda.py|$mode and ($kind)"
     done
   done
+  for mode in "portable" "not portable"; do
+    for kind in "test_every" "not test_every"; do
+      echo "$tests/test_cuda_gemm.py|$mode and $kind"
+    done
+  done
   for file in "$tests"/test_*.py; do
-    case $(basename "$file") in test_matmul.py | test_cuda.py) ;; *) echo "$file|test" ;; esac
+    case $(basename "$file") in test_matmul.py | test_cuda.py | test_cuda_gemm.py) ;; *) echo "$file|test" ;; esac
   done
 }
 

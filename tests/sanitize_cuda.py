@@ -27,7 +27,7 @@ SHAPES = (
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
 LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 4096, 12704, -1))
-# Rows enough for the kernels that only Hopper has; whole tiles, and tiles that several blocks share; the last three are
+# Rows enough for the kernels for many tokens; whole tiles, and tiles that several blocks share; the last three are
 # enough for a thread block to go round its ring.
 GEMM_SHAPES = (
     (20, 1024, 392, 32),
@@ -85,6 +85,10 @@ def main() -> int:
         done += 1
     for shape, (x_dtype, scale_dtype), zeros in itertools.product(GEMM_SHAPES, TYPES[1:3], (False, True)):
         check(MatmulProblem(*shape, x_dtype, scale_dtype, zeros), "cuda", None)
+        done += 1
+    for shape, zeros in itertools.product(GEMM_SHAPES, (False, True)):
+        (x_dtype, scale_dtype), _, out_dtype = next(kinds)
+        check(MatmulProblem(*shape, x_dtype, scale_dtype, zeros), "cuda-portable", out_dtype)
         done += 1
     replay_a_graph()
     print(f"{done} products and one graph")

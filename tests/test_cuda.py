@@ -81,11 +81,7 @@ ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 63, 64, 6
 @both_halves
 @pytest.mark.parametrize("m", ROWS)
 def test_rows_around_the_tiles(m, dtype, mode):
-    problem = MatmulProblem(m, 512, 328, 128, dtype, dtype)
-    if m <= 64:
-        check(problem, mode)
-    else:
-        check_problem(problem, backend=mode)
+    check(MatmulProblem(m, 512, 328, 128, dtype, dtype), mode)
 
 
 @both_modes

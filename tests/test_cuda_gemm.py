@@ -1,8 +1,10 @@
-"""What the CUDA kernels for many tokens must do on a Hopper GPU (csrc/cuda/gemm.cuh).
+"""What the CUDA kernels for many tokens must do: "cuda", on a Hopper GPU (csrc/cuda/gemm.cuh), and "cuda-portable", on
+every GPU (csrc/cuda/portable_gemm.cuh).
 
-Which of them runs follows from the sizes and the types (csrc/cuda/gemm_plan.h): scales on the sums of 16, 32 or 64
-tokens, the same with zeros for 48, scales on the weights for 128; tiles of 256 or 384 features or, for small layers,
-128.
+Which of them runs follows from the sizes and the types (gemm_plan.h and portable_gemm_plan.h there). Hopper's: scales
+on the sums of 16, 32 or 64 tokens, the same with zeros for 48, scales on the weights for 128; tiles of 256 or 384
+features or, for small layers, 128. The portable ones: scales on the sums of 16, 32 or 64 tokens, the same with zeros
+for 32 or 64, scales on the weights for 128; tiles of 128 features or, for the last, 256.
 """
 
 import itertools
@@ -26,37 +28,47 @@ def _is_hopper() -> bool:
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif("not _is_hopper()", reason="needs an NVIDIA Hopper GPU and the CUDA module (_cuda)"),
+    pytest.mark.skipif(
+        "cuda" not in _ffi.usable_backends(), reason="needs an NVIDIA GPU and the CUDA module (_cuda)"
+    ),
 ]
 
+needs_hopper = pytest.mark.skipif("not _is_hopper()", reason="needs an NVIDIA Hopper GPU")
+both_modes = pytest.mark.parametrize("mode", [pytest.param("cuda", marks=needs_hopper), "cuda-portable"])
 HALVES = ("float16", "bfloat16")
 both_halves = pytest.mark.parametrize("dtype", HALVES)
-# Rows of x that each kernel gets, zeros aside.
-ROWS_OF_KERNELS = (20, 50, 150)
+# Rows of x that each kernel gets.
+ROWS_OF_KERNELS = {"cuda": (20, 50, 150), "cuda-portable": (12, 20, 50, 150)}
 
 
-def check(problem, **options):
+def check(problem, mode, **options):
     """The problem is within its bound, and it is a kernel that computes it."""
     x = jax.ShapeDtypeStruct((problem.m, problem.k), problem.x_dtype)
-    text = jax_trirun.explain(x, problem.quant_tensor())
+    text = jax_trirun.explain(x, problem.quant_tensor(), backend=mode)
     assert f"the FFI call {_ffi.MATMUL_TARGET}" in text, text
-    return check_problem(problem, backend="cuda", **options)
+    return check_problem(problem, backend=mode, **options)
 
 
+ROWS = (9, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 128, 129, 255, 256, 257, 300, 1000)
+
+
+@both_modes
 @both_halves
-@pytest.mark.parametrize("m", [17, 31, 32, 33, 47, 48, 49, 64, 65, 96, 127, 128, 129, 256, 257, 300])
-def test_rows_around_the_tiles(m, dtype):
+@pytest.mark.parametrize("m", ROWS)
+def test_rows_around_the_tiles(m, dtype, mode):
     for with_zeros in (False, True):
-        check(MatmulProblem(m, 512, 328, 128, dtype, dtype, with_zeros))
+        check(MatmulProblem(m, 512, 328, 128, dtype, dtype, with_zeros), mode)
 
 
+@both_modes
 @both_halves
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_every_kernel_with_every_type(group_size, scale_dtype, dtype):
-    for m, with_zeros, out_dtype in itertools.product(ROWS_OF_KERNELS, (False, True), (None, "float32")):
+def test_every_kernel_with_every_type(group_size, scale_dtype, dtype, mode):
+    kinds = itertools.product(ROWS_OF_KERNELS[mode], (False, True), (None, "float32"))
+    for m, with_zeros, out_dtype in kinds:
         problem = MatmulProblem(m, 768, 200, group_size, dtype, scale_dtype, with_zeros)
-        assert check(problem, out_dtype=out_dtype).dtype == jnp.dtype(out_dtype or dtype)
+        assert check(problem, mode, out_dtype=out_dtype).dtype == jnp.dtype(out_dtype or dtype)
 
 
 # M, K, N, dtype of the scales, zeros, what explain says: every kernel with whole tiles, with tiles that are cut,
@@ -94,18 +106,51 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize(("m", "k", "n", "scale_dtype", "with_zeros", "says"), SHARES)
-def test_every_way_of_sharing_tiles_out(m, k, n, scale_dtype, with_zeros, says):
+# The same of the portable kernels, without clusters.
+PORTABLE_SHARES = [
+    (12, 256, 34056, "", False, "16 tokens x 128 features, 0 of them cut"),
+    (12, 4096, 1032, "", False, "16 tokens x 128 features, 9 of them cut"),
+    (16, 1024, 70408, "", False, "16 tokens x 128 features, 23 of them cut"),
+    (20, 256, 34056, "", False, "32 tokens x 128 features, 0 of them cut"),
+    (20, 1536, 72, "", False, "32 tokens x 128 features, 1 of them cut"),
+    (32, 2048, 55304, "", False, "32 tokens x 128 features, 37 of them cut"),
+    (48, 512, 16904, "", False, "64 tokens x 128 features, 0 of them cut"),
+    (48, 4096, 1032, "", False, "64 tokens x 128 features, 9 of them cut"),
+    (380, 1536, 6152, "float32", False, "64 tokens x 128 features, 30 of them cut"),
+    (300, 8192, 392, "float32", False, "64 tokens x 128 features, 20 of them cut"),
+    (20, 512, 16904, "", True, "32 tokens x 128 features, 0 of them cut"),
+    (20, 4096, 1032, "", True, "32 tokens x 128 features, 9 of them cut"),
+    (32, 2048, 40968, "", True, "32 tokens x 128 features, 57 of them cut"),
+    (257, 2048, 6152, "", True, "64 tokens x 128 features, 0 of them cut"),
+    (520, 2048, 1032, "", True, "64 tokens x 128 features, 81 of them cut"),
+    (300, 2048, 8200, "", False, "128 tokens x 256 features, 0 of them cut"),
+    (300, 6144, 4104, "", False, "128 tokens x 256 features, 51 of them cut"),
+    (380, 2048, 12296, "", False, "128 tokens x 256 features, 15 of them cut"),
+    (1000, 1024, 4104, "", False, "128 tokens x 128 features, 0 of them cut"),
+    (90, 1536, 72, "", False, "128 tokens x 128 features, 1 of them cut"),
+    (129, 2048, 4104, "", False, "; then, for the last 1 rows, portable mma.sync, 16-bit floats"),
+    (150, 2048, 12296, "", False, "; then, for the last 22 rows, portable mma.sync, scales on the sums"),
+    (321, 1024, 12296, "float32", False, "; then, for the last 1 rows, portable mma.sync, 16-bit floats"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "m", "k", "n", "scale_dtype", "with_zeros", "says"),
+    [pytest.param("cuda", *shares, marks=needs_hopper) for shares in SHARES]
+    + [("cuda-portable", *shares) for shares in PORTABLE_SHARES],
+)
+def test_every_way_of_sharing_tiles_out(mode, m, k, n, scale_dtype, with_zeros, says):
     for dtype, group_size in (("float16", 128), ("bfloat16", 32)):
         problem = MatmulProblem(m, k, n, group_size, dtype, scale_dtype or dtype, with_zeros)
         x, qt = jnp.asarray(problem.x()), problem.quant_tensor()
         if getattr(jax.local_devices(backend="cuda")[0], "core_count", None) == 132:
-            assert says in jax_trirun.explain(x, qt)
-        y = check(problem)
-        again = jax.jit(jax_trirun.matmul)(x, qt)
+            assert says in jax_trirun.explain(x, qt, backend=mode)
+        y = check(problem, mode)
+        again = jax.jit(lambda x, qt: jax_trirun.matmul(x, qt, backend=mode))(x, qt)
         assert bool(jnp.array_equal(jnp.asarray(y).view(jnp.uint16), again.view(jnp.uint16)))
 
 
+@both_modes
 @pytest.mark.parametrize(
     ("k", "group_size"),
     [
@@ -113,65 +158,73 @@ def test_every_way_of_sharing_tiles_out(m, k, n, scale_dtype, with_zeros, says):
         *((32, 32), (96, 32), (160, 32), (64, 64), (192, 64), (320, 64), (128, 128), (384, 128), (8576, 128)),
     ],
 )
-def test_k_that_fills_no_tile(k, group_size):
-    for m, with_zeros in itertools.product(ROWS_OF_KERNELS, (False, True)):
-        check(MatmulProblem(m, k, 104, group_size, "bfloat16", "bfloat16", with_zeros))
+def test_k_that_fills_no_tile(k, group_size, mode):
+    for m, with_zeros in itertools.product(ROWS_OF_KERNELS[mode], (False, True)):
+        check(MatmulProblem(m, k, 104, group_size, "bfloat16", "bfloat16", with_zeros), mode)
 
 
+@both_modes
 @pytest.mark.parametrize("n", [1, 8, 33, 40, 136, 384, 392, 1000, 4224 + 8])
-def test_columns_that_fill_no_tile(n):
-    for m in ROWS_OF_KERNELS:
-        check(MatmulProblem(m, 384, n, 64, "float16", "float16"))
+def test_columns_that_fill_no_tile(n, mode):
+    for m in ROWS_OF_KERNELS[mode]:
+        check(MatmulProblem(m, 384, n, 64, "float16", "float16"), mode)
 
 
+@both_modes
 @both_halves
 @pytest.mark.parametrize(
     ("m", "k", "n"), [(20, 8192, 4096), (64, 14336, 1024), (300, 4096, 4096), (2000, 640, 3000)]
 )
-def test_tiles_in_rounds_and_in_parts(m, k, n, dtype):
+def test_tiles_in_rounds_and_in_parts(m, k, n, dtype, mode):
     """Whole rounds of the grid, tiles cut along K by two thread blocks and by many; the same bits every time."""
     problem = MatmulProblem(m, k, n, 128, dtype, dtype)
     x, qt = jnp.asarray(problem.x()), problem.quant_tensor()
-    y = check(problem)
-    again = jax.jit(jax_trirun.matmul)(x, qt)
+    y = check(problem, mode)
+    again = jax.jit(lambda x, qt: jax_trirun.matmul(x, qt, backend=mode))(x, qt)
     assert bool(jnp.array_equal(jnp.asarray(y).view(jnp.uint16), again.view(jnp.uint16)))
 
 
+@both_modes
 @both_halves
 @pytest.mark.parametrize("mean", [1.0, -100.0])
-def test_activations_with_a_large_mean(mean, dtype):
-    for m, with_zeros, out_dtype in itertools.product(ROWS_OF_KERNELS, (False, True), (None, "float32")):
-        check(MatmulProblem(m, 8192, 64, 128, dtype, dtype, with_zeros, x_mean=mean), out_dtype=out_dtype)
+def test_activations_with_a_large_mean(mean, dtype, mode):
+    kinds = itertools.product(ROWS_OF_KERNELS[mode], (False, True), (None, "float32"))
+    for m, with_zeros, out_dtype in kinds:
+        problem = MatmulProblem(m, 8192, 64, 128, dtype, dtype, with_zeros, x_mean=mean)
+        check(problem, mode, out_dtype=out_dtype)
 
 
+@both_modes
 @both_halves
-def test_a_row_is_the_same_in_any_company(dtype):
+def test_a_row_is_the_same_in_any_company(dtype, mode):
     problem = MatmulProblem(300, 512, 72, 64, dtype, dtype)
     x, qt = problem.x(), problem.quant_tensor()
     reference = matmul_float64(x, problem.codes(), problem.scales())
     for rows in (range(299, -1, -1), range(40), [5] * 130, range(100, 120)):
         rows = list(rows)
-        y = jax_trirun.matmul(jnp.asarray(x[rows]), qt, backend="cuda")
+        y = jax_trirun.matmul(jnp.asarray(x[rows]), qt, backend=mode)
         assert_close(y, Reference(reference.y[rows], reference.bound[rows]))
 
 
-@pytest.mark.parametrize("m", ROWS_OF_KERNELS)
+@both_modes
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_infinite_activations_stay_in_their_row(value, m):
-    problem = MatmulProblem(m, 200, 104, -1, "float16", "float16")
-    x, qt = problem.x(), problem.quant_tensor()
-    x[7, 199] = value
-    y = np.asarray(jax_trirun.matmul(jnp.asarray(x), qt, backend="cuda"))
-    others = np.arange(m) != 7
-    assert np.isfinite(y[others]).all()
-    assert not np.isfinite(y[7]).any()
+def test_infinite_activations_stay_in_their_row(value, mode):
+    for m, with_zeros in itertools.product(ROWS_OF_KERNELS[mode], (False, True)):
+        problem = MatmulProblem(m, 200, 104, -1, "float16", "float16", with_zeros)
+        x, qt = problem.x(), problem.quant_tensor()
+        x[7, 199] = value
+        y = np.asarray(jax_trirun.matmul(jnp.asarray(x), qt, backend=mode))
+        others = np.arange(m) != 7
+        assert np.isfinite(y[others]).all()
+        assert not np.isfinite(y[7]).any()
 
 
-@pytest.mark.parametrize("m", ROWS_OF_KERNELS)
-def test_every_code_and_scales_of_either_sign_are_exact(m):
+@both_modes
+def test_every_code_and_scales_of_either_sign_are_exact(mode):
     """Small integers throughout: any misplaced code, scale or row shows."""
     rng = np.random.default_rng(0)
-    for group_size, k, n in ((32, 256, 264), (128, 512, 520), (-1, 320, 136)):
+    shapes = ((32, 256, 264), (128, 512, 520), (-1, 320, 136))
+    for m, (group_size, k, n) in itertools.product(ROWS_OF_KERNELS[mode], shapes):
         codes = rng.integers(0, 4, (k, n)).astype(np.uint8)
         groups = 1 if group_size == -1 else k // group_size
         scales = rng.integers(-2, 3, (groups, n)).astype(np.float16)
@@ -179,5 +232,5 @@ def test_every_code_and_scales_of_either_sign_are_exact(m):
         qt = jax_trirun.QuantTensor(
             jax_trirun.pack(codes), jnp.asarray(scales), None, shape=(k, n), group_size=group_size
         )
-        y = jax_trirun.matmul(jnp.asarray(x), qt, out_dtype="float32", backend="cuda")
+        y = jax_trirun.matmul(jnp.asarray(x), qt, out_dtype="float32", backend=mode)
         np.testing.assert_array_equal(np.asarray(y), matmul_float64(x, codes, scales).y)

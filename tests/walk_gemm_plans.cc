@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../csrc/cuda/gemm_walk.h"
+#include "../csrc/cuda/portable_gemm_plan.h"
 
 using namespace jax_trirun;
 using namespace jax_trirun::cuda;
@@ -27,15 +28,30 @@ struct Counts {
   int whole = 0, cut = 0, clusters = 0;
 };
 
-void walk_through(const Problem& problem, GemmKernel kernel, int sms, Counts& counts) {
-  const GemmShape shape = shape_of(kernel);
-  const GemmPlan plan = plan_gemm(problem, shape, sms);
+// What is common to the kernels of gemm_plan.h and portable_gemm_plan.h.
+GemmPlan plan_of(const Problem& problem, GemmKernel kernel, int sms) {
+  return plan_gemm(problem, shape_of(kernel), sms);
+}
+GemmPlan plan_of(const Problem& problem, PortableGemmKernel kernel, int sms) {
+  return plan_portable_gemm(problem, shape_of(kernel), sms);
+}
+int64_t part_bytes(const Problem& problem, GemmKernel kernel) { return gemm_part_bytes(problem, kernel); }
+int64_t part_bytes(const Problem& problem, PortableGemmKernel kernel) {
+  return portable_part_bytes(problem, kernel);
+}
+int blocks_per_sm(const GemmShape&) { return 1; }
+int blocks_per_sm(const PortableGemmShape& shape) { return shape.blocks_per_sm; }
+
+template <typename Kernel>
+void walk_through(const Problem& problem, Kernel kernel, int sms, Counts& counts) {
+  const auto shape = shape_of(kernel);
+  const GemmPlan plan = plan_of(problem, kernel, sms);
   const int k_blocks = static_cast<int>(problem.k_blocks<2>());
   const GemmWalk walk = walk_of(plan, k_blocks);
   EXPECT(plan.m_tiles * shape.tokens >= problem.m && plan.n_tiles * shape.features() >= problem.n);
   EXPECT(plan.ranks >= 1 && plan.ranks <= kMaxRanks && plan.grid >= 1);
   const bool in_clusters = plan.ranks > 1;
-  EXPECT(in_clusters ? plan.grid == plan.ranks : plan.grid <= sms);
+  EXPECT(in_clusters ? plan.grid == plan.ranks : plan.grid <= sms * blocks_per_sm(shape));
   ++(in_clusters ? counts.clusters : plan.cut_tiles() > 0 ? counts.cut : counts.whole);
 
   std::map<std::pair<int, int>, std::vector<int>> met;       // blocks of K of a tile
@@ -54,8 +70,8 @@ void walk_through(const Problem& problem, GemmKernel kernel, int sms, Counts& co
         const std::pair<int, int> tile = {segment.m_tile, segment.n_tile};
         for (int k = segment.first_block; k < segment.last_block; ++k) met[tile].push_back(k);
         if (segment.part >= 0) {
-          EXPECT(segment.part < kMaxGemmParts && parts.insert(segment.part).second);
-          EXPECT((segment.part + 1) * shape.tile_bytes() <= gemm_part_bytes(problem, kernel));
+          EXPECT(parts.insert(segment.part).second);
+          EXPECT((segment.part + 1) * shape.tile_bytes() <= part_bytes(problem, kernel));
           parts_of[tile].push_back(segment.part);
         } else {
           EXPECT(segment.first_block == 0 && segment.last_block == k_blocks);
@@ -87,36 +103,55 @@ void walk_through(const Problem& problem, GemmKernel kernel, int sms, Counts& co
   }
 }
 
-int main() {
-  Counts counts;
-  int in_two = 0;
-  for (int sms : {132, 114, 78, 13}) {
-    for (int k : {8, 64, 72, 192, 1000, 2048, 4096, 14336}) {
-      for (int n : {8, 200, 4096, 6144, 28672}) {
-        for (int m : {9, 17, 33, 65, 129, 300, 1024, 2100}) {
-          Problem problem;
-          problem.m = m, problem.k = k, problem.n = n, problem.groups = 1;
-          for (bool zeros : {false, true}) {
-            for (bool all_of_x_type : {false, true}) {
-              GemmKernel kernel = choose_gemm(problem, all_of_x_type, zeros, sms).kernel;
-              EXPECT(may_take(kernel, m, all_of_x_type, zeros));
-              const int64_t first = first_rows(problem, all_of_x_type, zeros, sms);
-              EXPECT(first > 0 && first <= m && (first == m || m - first <= 64));
-              in_two += first < m;
-              for (GemmKernel kernel : kGemmKernels) {
-                if (!may_take(kernel, m, all_of_x_type, zeros)) continue;
-                walk_through(problem, kernel, sms, counts);
-                EXPECT(!is_for_gemm(problem, zeros) ||
-                       gemm_part_bytes(problem, kernel) <= gemm_scratch_bytes(problem));
-              }
-            }
-          }
-        }
+// Calls visit(problem, all_of_x_type, zeros) for small and large products.
+template <typename Visit>
+void for_each_product(Visit visit) {
+  for (int k : {8, 64, 72, 192, 1000, 2048, 4096, 14336}) {
+    for (int n : {8, 200, 4096, 6144, 28672}) {
+      for (int m : {9, 17, 33, 65, 129, 300, 1024, 2100}) {
+        Problem problem;
+        problem.m = m, problem.k = k, problem.n = n, problem.groups = 1;
+        for (int types = 0; types < 4; ++types) visit(problem, types % 2 == 1, types / 2 == 1);
       }
     }
   }
+}
+
+int main() {
+  Counts hopper, portable;
+  int in_two = 0;
+  for (int sms : {132, 114, 78, 13}) {
+    for_each_product([&](const Problem& problem, bool all_of_x_type, bool zeros) {
+      GemmKernel kernel = choose_gemm(problem, all_of_x_type, zeros, sms).kernel;
+      EXPECT(may_take(kernel, problem.m, all_of_x_type, zeros));
+      const int64_t first = first_rows(problem, all_of_x_type, zeros, sms);
+      EXPECT(first > 0 && first <= problem.m && (first == problem.m || problem.m - first <= 64));
+      in_two += first < problem.m;
+      for (GemmKernel kernel : kGemmKernels) {
+        if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
+        walk_through(problem, kernel, sms, hopper);
+        EXPECT(!is_for_gemm(problem, zeros) ||
+               gemm_part_bytes(problem, kernel) <= gemm_scratch_bytes(problem));
+      }
+    });
+  }
+  for (int sms : {200, 28}) {
+    for_each_product([&](const Problem& problem, bool all_of_x_type, bool zeros) {
+      PortableGemmKernel kernel = choose_portable_gemm(problem, all_of_x_type, zeros, sms).kernel;
+      EXPECT(may_take(kernel, problem.m, all_of_x_type, zeros));
+      const int64_t first = portable_first_rows(problem, all_of_x_type, zeros, sms);
+      EXPECT(first > 0 && first <= problem.m && (first == problem.m || problem.m - first <= 64));
+      in_two += first < problem.m;
+      for (PortableGemmKernel kernel : kPortableGemmKernels) {
+        if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
+        walk_through(problem, kernel, sms, portable);
+        EXPECT(portable_part_bytes(problem, kernel) <= portable_gemm_scratch_bytes(problem));
+      }
+    });
+  }
   std::printf(
-      "%d launches of whole tiles, %d with some cut, %d with clusters; %d products in two launches\n",
-      counts.whole, counts.cut, counts.clusters, in_two);
-  return counts.whole && counts.cut && counts.clusters && in_two ? 0 : 1;
+      "Hopper: %d launches of whole tiles, %d with some cut, %d with clusters; every GPU: %d of whole tiles, %d with "
+      "some cut; %d products in two launches\n",
+      hopper.whole, hopper.cut, hopper.clusters, portable.whole, portable.cut, in_two);
+  return hopper.whole && hopper.cut && hopper.clusters && portable.whole && portable.cut && in_two ? 0 : 1;
 }

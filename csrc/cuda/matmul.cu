@@ -6,6 +6,8 @@
 #include "gemm_launch.h"
 #include "gemm_plan.h"
 #include "matmul.h"
+#include "portable_gemm_launch.h"
+#include "portable_gemm_plan.h"
 
 namespace jax_trirun::cuda {
 namespace {
@@ -15,13 +17,20 @@ constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
 // wgmma is an instruction of sm_90a alone.
 bool has_gemm(bool portable, int compute_capability) { return !portable && compute_capability / 10 == 9; }
 
-// The one place that divides products between the kernels for few tokens and those for many.
-bool takes_gemm(const MatmulArgs& args, int compute_capability) {
-  return has_gemm(args.portable, compute_capability) && is_for_gemm(args.problem, args.zeros != nullptr);
+// The one place that divides products between the kernels for few tokens (decode.cuh) and those for many: of Hopper
+// (gemm.cuh) and of every GPU (portable_gemm.cuh).
+enum class Kernels { kDecode, kGemm, kPortableGemm };
+Kernels kernels_for(const MatmulArgs& args, int compute_capability) {
+  const bool zeros = args.zeros != nullptr;
+  if (has_gemm(args.portable, compute_capability))
+    return is_for_gemm(args.problem, zeros) ? Kernels::kGemm : Kernels::kDecode;
+  return is_for_portable_gemm(args.problem, zeros) ? Kernels::kPortableGemm : Kernels::kDecode;
 }
 
-int64_t rows_at_first(const MatmulArgs& args, int sms) {
-  return first_rows(args.problem, args.all_of_x_type(), args.zeros != nullptr, sms);
+int64_t rows_at_first(const MatmulArgs& args, Kernels kernels, int sms) {
+  if (kernels == Kernels::kDecode) return args.problem.m;
+  const auto rows = kernels == Kernels::kGemm ? first_rows : portable_first_rows;
+  return rows(args.problem, args.all_of_x_type(), args.zeros != nullptr, sms);
 }
 
 std::string sizes(const Problem& p) {
@@ -96,15 +105,11 @@ std::string why_unsupported(const MatmulArgs& args, int compute_capability) {
     return std::string("matmul: y must have x's dtype ") + name_of(args.x_type) + " or float32, got " +
            name_of(args.y_type);
   }
-  if (p.m > kMaxDecodeTokens && !has_gemm(args.portable, compute_capability)) {
-    return "matmul: the portable kernels take up to " + std::to_string(kMaxDecodeTokens) +
-           " rows of x, got " + sizes(p);
-  }
   if (p.m > kMaxGemmTokens) {
     return "matmul: the kernels take up to " + std::to_string(kMaxGemmTokens) + " rows of x, got " +
            sizes(p);
   }
-  if (p.m > kMaxDecodeTokens && gemm_x_sums(p) > kMaxInt) {
+  if (p.m > kMaxDecodeTokens && std::max(gemm_x_sums(p), portable_x_sums(p)) > kMaxInt) {
     return "matmul: M * K / group_size must be below 2^31, got " + sizes(p);
   }
   if (p.n % 8 != 0 || p.k % 8 != 0) return "matmul: N and K must be multiples of 8, got " + sizes(p);
@@ -117,34 +122,43 @@ std::string why_unsupported(const MatmulArgs& args, int compute_capability) {
 
 int64_t scratch_bytes(const Problem& problem, DType x_type, bool portable) {
   if (problem.m == 0) return 0;
-  int64_t gemm = portable ? 0 : gemm_scratch_bytes(problem);
-  if (problem.m > kMaxDecodeTokens) {
-    if (portable) return 0;
-    for (int64_t tile : {64, 128}) {  // any two launches that first_rows may choose
-      const int64_t rest = problem.m % tile;
-      for (int64_t rows : {rest, problem.m - rest}) {
-        Problem some = problem;
-        some.m = rows;
-        if (rows < problem.m) gemm = std::max(gemm, scratch_bytes(some, x_type, portable));
-      }
+  int64_t bytes = portable_gemm_scratch_bytes(problem);
+  if (!portable) bytes = std::max(bytes, gemm_scratch_bytes(problem));
+  for (int64_t tile : {64, 128}) {  // any two launches that rows_at_first may choose
+    const int64_t rest = problem.m % tile;
+    for (int64_t rows : {rest, problem.m - rest}) {
+      Problem some = problem;
+      some.m = rows;
+      if (problem.m > 64 && rows < problem.m)
+        bytes = std::max(bytes, scratch_bytes(some, x_type, portable));
     }
-    return gemm;
   }
+  if (problem.m > kMaxDecodeTokens) return bytes;
   const int64_t parts = portable_parts(problem);
-  return std::max(gemm, parts > 1 ? parts * problem.m * problem.n * 4 : 0);
+  return std::max(bytes, parts > 1 ? parts * problem.m * problem.n * 4 : 0);
 }
 
 std::string describe_kernel(const MatmulArgs& args, int compute_capability, int sms) {
   const Problem& p = args.problem;
-  if (takes_gemm(args, compute_capability)) {
-    if (const int64_t first = rows_at_first(args, sms); first < p.m) {
-      MatmulArgs part = args;
-      part.problem.m = first;
-      const std::string of_first = describe_kernel(part, compute_capability, sms);
-      part.problem.m = p.m - first;
-      return of_first + "; then, for the last " + std::to_string(p.m - first) + " rows, " +
-             describe_kernel(part, compute_capability, sms);
-    }
+  const Kernels kernels = kernels_for(args, compute_capability);
+  if (const int64_t first = rows_at_first(args, kernels, sms); first < p.m) {
+    MatmulArgs part = args;
+    part.problem.m = first;
+    const std::string of_first = describe_kernel(part, compute_capability, sms);
+    part.problem.m = p.m - first;
+    return of_first + "; then, for the last " + std::to_string(p.m - first) + " rows, " +
+           describe_kernel(part, compute_capability, sms);
+  }
+  if (kernels == Kernels::kPortableGemm) {
+    const auto [kernel, plan] = choose_portable_gemm(p, args.all_of_x_type(), args.zeros != nullptr, sms);
+    const PortableGemmShape shape = shape_of(kernel);
+    return std::string("portable mma.sync, scales on the ") +
+           (shape.on_weights ? "weights" : "sums of groups") + ", " + std::to_string(plan.tiles()) +
+           " tiles of " + std::to_string(shape.tokens) + " tokens x " + std::to_string(shape.features()) +
+           " features, " + std::to_string(plan.cut_tiles()) + " of them cut along K, words read " +
+           std::to_string(plan.m_tiles) + " times";
+  }
+  if (kernels == Kernels::kGemm) {
     const auto [kernel, plan] = choose_gemm(p, args.all_of_x_type(), args.zeros != nullptr, sms);
     const GemmShape shape = shape_of(kernel);
     return std::string("wgmma, scales on the ") + (shape.tokens == 128 ? "weights" : "sums of groups") +
@@ -181,19 +195,22 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   const Problem& p = args.problem;
   if (p.m == 0 || p.n == 0) return "";
 
-  if (takes_gemm(args, major * 10 + minor)) {
-    if (const int64_t first = rows_at_first(args, sms); first < p.m) {
-      MatmulArgs part = args;
-      part.problem.m = first;
-      if (std::string failure = matmul(part, stream); !failure.empty()) return failure;
-      part.problem.m = p.m - first;
-      part.x = static_cast<const char*>(args.x) + first * p.k * size_of(args.x_type);
-      part.y = static_cast<char*>(args.y) + first * p.n * size_of(args.y_type);
-      return matmul(part, stream);
-    }
-    return args.x_type == DType::kF16 ? launch_gemm_f16(args, sms, stream)
-                                      : launch_gemm_bf16(args, sms, stream);
+  const Kernels kernels = kernels_for(args, major * 10 + minor);
+  if (const int64_t first = rows_at_first(args, kernels, sms); first < p.m) {
+    MatmulArgs part = args;
+    part.problem.m = first;
+    if (std::string failure = matmul(part, stream); !failure.empty()) return failure;
+    part.problem.m = p.m - first;
+    part.x = static_cast<const char*>(args.x) + first * p.k * size_of(args.x_type);
+    part.y = static_cast<char*>(args.y) + first * p.n * size_of(args.y_type);
+    return matmul(part, stream);
   }
+  const bool is_f16 = args.x_type == DType::kF16;
+  if (kernels == Kernels::kGemm)
+    return is_f16 ? launch_gemm_f16(args, sms, stream) : launch_gemm_bf16(args, sms, stream);
+  if (kernels == Kernels::kPortableGemm)
+    return is_f16 ? launch_portable_gemm_f16(args, sms, stream)
+                  : launch_portable_gemm_bf16(args, sms, stream);
 
   DecodeArgs decode = {};
   decode.x = args.x;
@@ -210,9 +227,8 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   decode.y_is_f32 = args.y_type == DType::kF32;
 
   const bool f32_scales = args.scale_type == DType::kF32;
-  const auto launch_decode = args.x_type == DType::kF16
-                                 ? (f32_scales ? launch_decode_f16_f32 : launch_decode_f16_f16)
-                                 : (f32_scales ? launch_decode_bf16_f32 : launch_decode_bf16_bf16);
+  const auto launch_decode = is_f16 ? (f32_scales ? launch_decode_f16_f32 : launch_decode_f16_f16)
+                                    : (f32_scales ? launch_decode_bf16_f32 : launch_decode_bf16_bf16);
   bool portable = args.portable || major < 9;
   while (true) {
     const DecodeKernel kernel = choose_decode_kernel(p, sms, portable);

@@ -38,9 +38,8 @@ constexpr DecodeShape shape_of(DecodeKernel kernel) {
   return {};
 }
 
-// From here on dequantising once and calling the dense product is faster than meeting the words again
-// for every 16 tokens.
-inline constexpr int64_t kMaxDecodeTokens = 64;
+// More are for the kernels for many tokens.
+inline constexpr int64_t kMaxDecodeTokens = 16;
 
 // The shared memory a thread block may have on every GPU since sm_80 (sm_86 and sm_89 have the least).
 inline constexpr int kSmallestSharedMemory = 99 * 1024;

@@ -38,6 +38,17 @@ __device__ __forceinline__ void copy_or_zero_async(uint32_t to_shared, const voi
                : "memory");
 }
 
+// The same for the first `bytes` of 16, zeros after them, if `wanted`: without a branch.
+__device__ __forceinline__ void copy_some_async(uint32_t to_shared, const void* from_global, int bytes,
+                                                bool wanted) {
+  asm volatile(
+      "{\n.reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global [%0], [%1], 16, %2;\n}\n" ::"r"(to_shared),
+      "l"(from_global), "r"(bytes), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most kPending of this thread's committed groups are unfinished.
