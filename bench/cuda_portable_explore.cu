@@ -38,7 +38,8 @@ struct Variant {
 template <typename Tile, bool kOnWeights>
 std::string launch_tile(const MatmulArgs& args, const PortableGemmShape& shape, int sms,
                         cudaStream_t stream) {
-  return launch_portable_tiles<__half, Tile, kOnWeights, false>(
+  constexpr int kGroupSize = kOnWeights ? 0 : kGroup;
+  return launch_portable_tiles<__half, Tile, kGroupSize, false>(
       args, plan_portable_gemm(args.problem, shape, sms), 0, stream);
 }
 
@@ -92,10 +93,12 @@ int main(int argc, char** argv) {
 #ifdef VARIANTS
 #include VARIANTS
 #else
-      {"decode", 9, 32, {16, 16, 1, 1, 1, 1, 1, 1, false}, launch_decode},
-      make<PortableGemmKernel::kSums32>("sums32", 9, 32),
-      make<PortableGemmKernel::kSums64>("sums64", 17, 16384),
+      {"decode", 1, 16, {16, 16, 1, 1, 1, 1, 1, 1, false}, launch_decode},
+      make<PortableGemmKernel::kSums16>("sums16", 1, 16),
+      make<PortableGemmKernel::kSums32>("sums32", 17, 32),
+      make<PortableGemmKernel::kSums64>("sums64", 33, 16384),
       make<PortableGemmKernel::kWeights128>("weights128", 65, 16384),
+      make<PortableGemmKernel::kWeights128Narrow>("weights128narrow", 65, 16384),
 #endif
   };
   struct Shape {
@@ -112,7 +115,7 @@ int main(int argc, char** argv) {
 #ifdef TOKENS
 #include TOKENS
 #else
-      16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024, 4096,
+      8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024, 4096,
 #endif
   };
   const size_t most = *std::max_element(tokens.begin(), tokens.end());
