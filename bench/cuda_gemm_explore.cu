@@ -43,7 +43,7 @@ Variant make(const char* name, int least, int most, int unit_clocks) {
           least,
           most,
           Tile::kRows,
-          GemmSmem<Tile, kTokens, kGroupSize, false, kStages>::kBytes,
+          GemmSmem<Tile, kGroupSize, false, kStages>::kBytes,
           (const void*)gemm_kernel<__half, kTokens, kWarpgroups, kWarpTiles, kGroupSize, false, kStages>,
           (const void*)add_gemm_parts<__half, kTokens, kWarpgroups, kWarpTiles>};
 }

@@ -69,9 +69,10 @@ struct GemmArgs {
 inline constexpr int kSmallestGroup = 32;
 
 // A tile of y: kWarpTiles 16-row tiles of features for each consumer warp, so one n-block or half of it.
-template <int kTokens, int kWarpgroups, int kWarpTiles>
+template <int kTokens_, int kWarpgroups, int kWarpTiles>
 struct TileLayout {
   using L = Layout<2>;
+  static constexpr int kTokens = kTokens_;
   static_assert(L::kTiles == 2 && (kWarpTiles == 1 || kWarpTiles == 2));
   static constexpr int kWarps = kWarpgroups * 4;
   static constexpr int kBlocks = kWarps * kWarpTiles / L::kTiles;  // n-blocks
@@ -115,12 +116,12 @@ struct TileLayout {
 };
 
 // Shared memory: for each stage x, words and rows of scales; then the barriers. A stage is one unit of K.
-template <typename Tile, int kTokens, int kGroupSize, bool kHasZeros, int kStages>
+template <typename Tile, int kGroupSize, bool kHasZeros, int kStages>
 struct GemmSmem {
   using L = Layout<2>;
   static constexpr int kUnitK = kGemmUnitBlocks * L::kBlockK;
   static constexpr int kBlockBytes = L::kWordsPerBlock * 4;
-  static constexpr int kXBlockBytes = kTokens * L::kBlockK * 2;  // of one block of K
+  static constexpr int kXBlockBytes = Tile::kTokens * L::kBlockK * 2;  // of one block of K
   static constexpr int kXBytes = kGemmUnitBlocks * kXBlockBytes;
   static constexpr int kWordRowBytes = Tile::kBlocks * kBlockBytes;  // of one block of K
   static constexpr int kRows =
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   using L = Layout<2>;
   constexpr bool kScaledSums = kGroupSize > 0;
   using Tile = TileLayout<kTokens, kWarpgroups, kWarpTiles>;
-  using Smem = GemmSmem<Tile, kTokens, kGroupSize, kHasZeros, kStages>;
+  using Smem = GemmSmem<Tile, kGroupSize, kHasZeros, kStages>;
   constexpr int kSums = Tile::kSums;
   constexpr int kHalfK = L::kBlockK / L::kHalves;
 

@@ -67,7 +67,7 @@ template <GemmKernel kernel, typename T, int kGroupSize, bool kHasZeros>
 std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, cudaStream_t stream) {
   constexpr GemmShape kShape = shape_of(kernel);
   using Tile = TileLayout<kShape.tokens, kShape.warpgroups, kShape.warp_tiles>;
-  using Smem = GemmSmem<Tile, kShape.tokens, kGroupSize, kHasZeros, kShape.stages>;
+  using Smem = GemmSmem<Tile, kGroupSize, kHasZeros, kShape.stages>;
   static_assert(Smem::kBytes <= 227 * 1024, "what a thread block may have on sm_90");
   const Problem& p = args.problem;
 
