@@ -51,8 +51,10 @@ std::string launch_portable_tiles(const MatmulArgs& args, const GemmPlan& plan, 
     gemm.x_sums = x_sums;
     gemm.x_groups = static_cast<int>(ceil_div(p.k, kGroupSize));
     gemm.x_sums_stride = static_cast<int>(portable_x_sums_stride(p));
-    sum_groups<T><<<static_cast<unsigned>(ceil_div(portable_x_sums(p), 8)), 256, 0, stream>>>(
-        static_cast<const T*>(args.x), x_sums, gemm.m, gemm.k, kGroupSize, gemm.x_sums_stride);
+    if (gemm.x_groups > 0) {
+      sum_groups<T><<<static_cast<unsigned>(ceil_div(portable_x_sums(p), 8)), 256, 0, stream>>>(
+          static_cast<const T*>(args.x), x_sums, gemm.m, gemm.k, kGroupSize, gemm.x_sums_stride);
+    }
     if (cudaError_t error = cudaGetLastError(); error != cudaSuccess)
       return describe("launching sum_groups", error);
   }

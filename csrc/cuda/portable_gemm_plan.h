@@ -68,14 +68,14 @@ inline bool may_take(PortableGemmKernel kernel, int64_t m, bool all_of_x_type, b
   return kernel == (m <= 16 ? Kernel::kSums16 : m <= 32 ? Kernel::kSums32 : Kernel::kSums64);
 }
 
-// Multiprocessors of the largest GPU: scratch must be enough on all. On one with more, some are idle while tiles that
-// are cut are made.
+// Scratch must be enough on every GPU, so at most so many multiprocessors (of an RTX 5090; an H200 has 132) share the
+// tiles that are cut.
 inline constexpr int kMaxPortableSms = 170;
 
 // Of tiles with more units only whole ones are made: a multiplication finds the tile of a unit.
 inline constexpr int kMostPortableUnitsCut = 2500;
-static_assert(int64_t{4} * kMaxPortableSms * kMostPortableUnitsCut * kMostPortableUnitsCut < int64_t{1}
-                                                                                                 << 32,
+static_assert(int64_t{4} * kMaxPortableSms * kMostPortableUnitsCut * kMostPortableUnitsCut <=
+                  int64_t{0xffffffff},
               "see GemmWalk::unit_magic");
 
 // Whole tiles in rounds of the grid, and those of the last, incomplete round cut along K if that gains more than
@@ -86,7 +86,7 @@ inline GemmPlan plan_portable_gemm(const Problem& problem, const PortableGemmSha
   GemmPlan plan = {};
   plan.m_tiles = static_cast<int>(ceil_div(problem.m, shape.tokens));
   plan.n_tiles = static_cast<int>(ceil_div(problem.n, shape.features()));
-  plan.units = static_cast<int>(ceil_div(problem.k_blocks<2>(), kGemmUnitBlocks));
+  plan.units = static_cast<int>(std::max<int64_t>(1, ceil_div(problem.k_blocks<2>(), kGemmUnitBlocks)));
   plan.band = 16;
   plan.ranks = 1;
   const int tiles = plan.tiles();
