@@ -10,6 +10,7 @@
 #   PYTHON                 python3            with jax[cuda], flax, nanobind, scikit-build-core, pytest, hypothesis
 #   JAX_TRIRUN_CUDA_ARCHS  this GPU's         architectures to build, as CMake's option of that name
 #   JOBS                   3/4 of the cores   test processes at a time
+#   ONLY                   all                test files, as "test_cuda.py test_matmul.py"
 #   SKIP_BUILD, SKIP_TESTS, SKIP_SANITIZER    not empty: leave that part out
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +20,7 @@ logs=${1:-$(mktemp -d)}
 mkdir -p "$logs"
 logs=$(cd "$logs" && pwd)
 jobs=${JOBS:-$((($(nproc) * 3 + 3) / 4))}
+only=${ONLY:-test_.*.py}
 started=$SECONDS
 summary=()
 failed=0
@@ -117,7 +119,7 @@ list_parts() {  # the longest first
 if [ -z "${SKIP_TESTS:-}" ]; then
   began=$SECONDS
   : >"$logs/tests.txt"
-  list_parts | awk -F'|' '{ printf "%s%c%s%c%s%c", NR, 0, $1, 0, $2, 0 }' |
+  list_parts | grep -E "/(${only// /|})[|]" | awk -F'|' '{ printf "%s%c%s%c%s%c", NR, 0, $1, 0, $2, 0 }' |
     xargs -0 -n 3 -P "$jobs" bash -c 'test_part "$@"' test_part
   parts=$(grep -c . "$logs/tests.txt")
   bad=$(grep -vc '^0 ' "$logs/tests.txt")

@@ -567,24 +567,9 @@ __global__ void __launch_bounds__(128) add_gemm_parts(const __grid_constant__ Ge
   const TilePosition at = tile_position(args.walk, args.walk.whole_tiles + blockIdx.x);
   const int row = blockIdx.z * Tile::kRows + blockIdx.y;
   const float4* const from = args.parts + static_cast<int64_t>(row) * 128 + threadIdx.x;
-  constexpr int64_t kPartFloats = int64_t{kWarpgroups} * Tile::kRows * 128;
   wait_for_prerequisites();
   if (first == last) return;  // one block made it whole
-  float4 sum = {};
-  constexpr int kAtOnce = 8;  // on their way
-  for (int block = first; block <= last; block += kAtOnce) {
-    float4 v[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      // The start of a tile is a block's second part.
-      const int part = 2 * (block + i) + (block + i == first);
-      if (block + i <= last) v[i] = __ldcg(from + part * kPartFloats);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (block + i <= last) sum = block + i == first ? v[i] : sum + v[i];
-    }
-  }
+  const float4 sum = sum_of_parts(from, int64_t{kWarpgroups} * Tile::kRows * 128, first, last);
   Tile::template store<T>(args, at, blockIdx.z, blockIdx.y, sum);
 }
 

@@ -33,4 +33,25 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
 
+// The sum of a tile's parts, which thread blocks `first` to `last` made (gemm_walk.h), in their order: of the elements
+// at `from` in each, parts being `part_size` apart.
+__device__ __forceinline__ float4 sum_of_parts(const float4* from, int64_t part_size, int first, int last) {
+  constexpr int kAtOnce = 8;  // on their way
+  float4 sum = {};
+  for (int block = first; block <= last; block += kAtOnce) {
+    float4 v[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      // The start of a tile is a block's second part.
+      const int part = 2 * (block + i) + (block + i == first);
+      if (block + i <= last) v[i] = __ldcg(from + part * part_size);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (block + i <= last) sum = block + i == first ? v[i] : sum + v[i];
+    }
+  }
+  return sum;
+}
+
 }  // namespace jax_trirun::cuda

@@ -489,13 +489,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int first = args.walk.shares.owner(begin), last = args.walk.shares.owner(end - 1);
   if (first == last) return;  // one block made it whole
   const int row = blockIdx.y;
-  float4 sum = {};
-  for (int block = first; block <= last; ++block) {
-    const int part = 2 * block + (args.walk.shares.begin(block) <= begin);
-    const float4 v =
-        args.parts[(static_cast<int64_t>(part) * Tile::kRows + row) * Tile::kThreads + threadIdx.x];
-    sum = block == first ? v : sum + v;
-  }
+  const float4* const from = args.parts + static_cast<int64_t>(row) * Tile::kThreads + threadIdx.x;
+  const float4 sum = sum_of_parts(from, int64_t{Tile::kRows} * Tile::kThreads, first, last);
   Tile::template store<T>(args, tile_position(args.walk, args.walk.whole_tiles + blockIdx.x), row, sum);
 }
 
