@@ -115,11 +115,11 @@ def _out_sharding(x, scales, transpose):
 # ---- Lowering ---------------------------------------------------------------------------------------
 
 
-def _reference(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend):
+def _reference(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend, tensor_cores=False):
     del backend
     return matmul_reference(
         x, words, scales, zeros[0] if zeros else None,
-        k=k, out_dtype=out_dtype, transpose=transpose, bits=bits,
+        k=k, out_dtype=out_dtype, transpose=transpose, bits=bits, tensor_cores=tensor_cores,
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def _lower_ffi(platform: str):
             raise ValueError(error)
         x, _, scales, *zeros = ctx.avals_in
         if ffi_reason(platform, params, x, scales, zeros[0] if zeros else None):
-            return _lower_reference(ctx, *operands, **params)
+            return _lower_reference(ctx, *operands, **params, tensor_cores=platform == "cuda")
         return call(ctx, _ffi.BACKENDS[params["backend"] or platform], operands, params)
 
     return rule
@@ -384,11 +384,13 @@ def _cotangent_abstract_eval(a, b, words, *zeros, k, groups, bits, backend):
     return b.update(shape=shape, dtype=np.dtype("float32"), weak_type=False, sharding=sharding)
 
 
-def _lower_cotangent_call(ctx, *operands, k, groups, bits, backend):
+def _lower_cotangent_call(ctx, *operands, k, groups, bits, backend, tensor_cores=False):
     del backend
 
     def compute(a, b, words, zeros=None):
-        return scales_cotangent_reference(a, b, words, zeros, k=k, groups=groups, bits=bits)
+        return scales_cotangent_reference(
+            a, b, words, zeros, k=k, groups=groups, bits=bits, tensor_cores=tensor_cores
+        )
 
     return _lower_plainly(compute, ctx, operands)
 
@@ -426,6 +428,7 @@ def _cotangent_transpose(ct, a, b, words, *zeros, k, groups, bits, backend):
 
 lower_partitioned(scales_cotangent_p, _cotangent_call_p, "matmul", partitioned_scales_cotangent)
 mlir.register_lowering(_cotangent_call_p, _lower_cotangent_call)
+mlir.register_lowering(_cotangent_call_p, partial(_lower_cotangent_call, tensor_cores=True), platform="cuda")
 for _p in (scales_cotangent_p, _cotangent_call_p):
     _p.def_abstract_eval(_cotangent_abstract_eval)
     _p.def_impl(partial(xla.apply_primitive, _p))

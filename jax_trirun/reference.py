@@ -87,14 +87,24 @@ def matmul_reference(
     out_dtype: Any,
     transpose: bool,
     bits: int,
+    tensor_cores: bool = False,
 ) -> jax.Array:
-    """x[M, K] @ W[K, N] -> [M, N], or with ``transpose`` x[M, N] @ W.T -> [M, K]; summed in float32."""
-    x = x.astype(jnp.float32)
+    """x[M, K] @ W[K, N] -> [M, N], or with ``transpose`` x[M, N] @ W.T -> [M, K]; summed in float32.
+
+    With ``tensor_cores`` 16-bit activations meet weights of 16-bit scales as tensor cores take them. That rounds
+    nothing: such a weight is its scale times a small whole number. With zeros it is not.
+    """
+    kinds = (x.dtype, scales.dtype) if tensor_cores and zeros is None else ()
+
+    def dot(words, scales, zeros, rows, axis):
+        w = dequantize_float32(words, scales, zeros, rows, bits)
+        return _dot(x.astype(jnp.float32), w, axis, kinds).astype(out_dtype)
+
     if not transpose:
-        return _dot(x, dequantize_float32(words, scales, zeros, k, bits), 0).astype(out_dtype)
+        return dot(words, scales, zeros, k, 0)
 
     def columns(words, scales, zeros, rows):
-        return _dot(x, dequantize_float32(words, scales, zeros, rows, bits), 1).astype(out_dtype)
+        return dot(words, scales, zeros, rows, 1)
 
     parts = _parts_of_k(k, scales.shape[1], scales.shape[0], bits, PART_BYTES)
     y = _map_parts_of_k(columns, (words, scales, zeros), k, parts)  # [parts, M, K / parts]
@@ -110,18 +120,20 @@ def scales_cotangent_reference(
     k: int,
     groups: int,
     bits: int,
+    tensor_cores: bool = False,
 ) -> jax.Array:
     """s_bar[g, n] = sum of a[m, k] b[m, n] (code[k, n] - zero[g, n]) over all m and the k of group g.
 
     a [M, K], b [M, N] -> float32 [groups, N]. Of ``a.T @ b`` only a part as large as the words is there at a time.
     """
     n = b.shape[1]
+    kinds = (a.dtype, b.dtype) if tensor_cores else ()
     b = b.astype(jnp.float32)
 
     def sums(words, a, zeros, rows):
         levels = unpack(words, (rows, n), bits=bits).astype(jnp.float32)
         levels -= layout(bits).zero_point if zeros is None else repeat_groups(zeros.astype(jnp.float32), rows)
-        products = _dot(a.astype(jnp.float32), b, 0) * levels
+        products = _dot(a.astype(jnp.float32), b, 0, kinds) * levels
         here = 1 if groups == 1 else groups * rows // k
         return jnp.sum(products.reshape(here, rows // here, n), axis=1)
 
@@ -130,9 +142,19 @@ def scales_cotangent_reference(
     return jnp.sum(s_bar, axis=0) if groups == 1 else s_bar.reshape(groups, n)
 
 
-def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+def _dot(x: jax.Array, w: jax.Array, axis: int, kinds: Sequence[Any]) -> jax.Array:
+    """x @ w, or with ``axis`` 1 x @ w.T, of float32 values that the dtypes ``kinds`` hold, if there are any.
+
+    bfloat16 times bfloat16 is exact in float32. TensorFloat-32, which is a GPU's default for float32, holds both
+    16-bit types, and does not overflow where float16 would.
+    """
+    precision = HIGHEST
+    if kinds and all(kind == jnp.bfloat16 for kind in kinds):
+        x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    elif kinds and all(kind in (jnp.bfloat16, jnp.float16) for kind in kinds):
+        precision = jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
-        x, w, (((1,), (axis,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.float32
+        x, w, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
 
 

@@ -57,6 +57,33 @@ assert "HIGHEST" in lowered(5, "float32"), "float32 must not become TF32"
     )
 
 
+def test_what_cuda_leaves_to_the_reference_is_for_tensor_cores_where_that_rounds_nothing(run_python):
+    run_python(
+        _STAND_IN
+        + """
+def gradient(of, dtype, **options):
+    def f(x, qt):
+        if of == "x":
+            return jax.grad(lambda x: jax_trirun.matmul(x, qt).astype("float32").sum())(x)
+        s = jax.grad(lambda s: jax_trirun.matmul(x, qt.words, s, qt.zeros).astype("float32").sum())(qt.scales)
+        return s
+    return [line for line in lowered(5, dtype, f=f, **options).splitlines() if "dot_general" in line]
+
+for of in ("x", "scales"):
+    (dot,) = gradient(of, "bfloat16")
+    assert dot.count("xbf16>") == 2 and "xf32>" in dot, dot  # bfloat16 operands, a float32 sum
+    (dot,) = gradient(of, "float16")
+    assert "HIGHEST" not in dot and "xf16>" not in dot, dot  # TensorFloat-32
+    (dot,) = gradient(of, "float32")
+    assert "HIGHEST" in dot, dot
+    (dot,) = gradient(of, "bfloat16", platform="cpu")
+    assert "HIGHEST" in dot and "xbf16>" not in dot, dot
+for case in (gradient("x", "bfloat16", scales="float32"), gradient("x", "bfloat16", zeros=True)):
+    assert "HIGHEST" in case[0], case
+"""
+    )
+
+
 def test_cuda_gets_scales_and_zeros_in_a_dtype_its_kernels_take(run_python):
     run_python(
         _STAND_IN
