@@ -187,15 +187,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   [[maybe_unused]] const char* fetch_zeros = nullptr;
   [[maybe_unused]] const float* fetch_sums = nullptr;
 
-  // Tokens past M and n-blocks past N bring the last real ones instead, and make sums that nobody asks for. Pointers
-  // are a step behind: they move before a copy, because after it they would wait until it has read them.
+  // Tokens past M bring others instead, not all the same one, which would be read by every thread block at once (33
+  // rows took a sixth longer than 48); n-blocks past N the last one. They make sums that nobody asks for. Pointers are a
+  // step behind: they move before a copy, because after it they would wait until it has read them.
   const auto aim = [&](const Segment& segment, int end) {
     fetch_block = segment.first_block;
     fetch_end = end;
     fetch_stage = ring;
 #pragma unroll
     for (int i = 0; i < kXCopies; ++i) {
-      const int token = min(segment.m_tile * Tile::kTokens + x_token + i * kXStep, args.m - 1);
+      int token = segment.m_tile * Tile::kTokens + x_token + i * kXStep;
+      if (token >= args.m) token = min(token - args.m, args.m - 1);
       fetch_x[i] = static_cast<const char*>(args.x) +
                    (static_cast<int64_t>(token) * args.k + fetch_block * L::kBlockK + x_chunk * 8) * 2 -
                    Tile::kStageBlocks * Smem::kRowBytes;
