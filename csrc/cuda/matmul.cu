@@ -1,36 +1,20 @@
 #include <algorithm>
 #include <string>
 
+#include "choice.h"
 #include "decode.cuh"
 #include "decode_launch.h"
 #include "gemm_launch.h"
-#include "gemm_plan.h"
 #include "matmul.h"
 #include "portable_gemm_launch.h"
-#include "portable_gemm_plan.h"
 
 namespace jax_trirun::cuda {
 namespace {
 
 constexpr int64_t kMaxInt = (int64_t{1} << 31) - 1;
 
-// wgmma is an instruction of sm_90a alone.
-bool has_gemm(bool portable, int compute_capability) { return !portable && compute_capability / 10 == 9; }
-
-// The one place that divides products between the kernels for few tokens (decode.cuh) and those for many: of Hopper
-// (gemm.cuh) and of every GPU (portable_gemm.cuh).
-enum class Kernels { kDecode, kGemm, kPortableGemm };
-Kernels kernels_for(const MatmulArgs& args, int compute_capability) {
-  const bool zeros = args.zeros != nullptr;
-  if (has_gemm(args.portable, compute_capability))
-    return is_for_gemm(args.problem, zeros) ? Kernels::kGemm : Kernels::kDecode;
-  return is_for_portable_gemm(args.problem, zeros) ? Kernels::kPortableGemm : Kernels::kDecode;
-}
-
-int64_t rows_at_first(const MatmulArgs& args, Kernels kernels, int sms) {
-  if (kernels == Kernels::kDecode) return args.problem.m;
-  const auto rows = kernels == Kernels::kGemm ? first_rows : portable_first_rows;
-  return rows(args.problem, args.all_of_x_type(), args.zeros != nullptr, sms);
+Product product_of(const MatmulArgs& args) {
+  return {args.problem, args.all_of_x_type(), args.zeros != nullptr, args.portable};
 }
 
 std::string sizes(const Problem& p) {
@@ -139,43 +123,7 @@ int64_t scratch_bytes(const Problem& problem, DType x_type, bool portable) {
 }
 
 std::string describe_kernel(const MatmulArgs& args, int compute_capability, int sms) {
-  const Problem& p = args.problem;
-  const Kernels kernels = kernels_for(args, compute_capability);
-  if (const int64_t first = rows_at_first(args, kernels, sms); first < p.m) {
-    MatmulArgs part = args;
-    part.problem.m = first;
-    const std::string of_first = describe_kernel(part, compute_capability, sms);
-    part.problem.m = p.m - first;
-    return of_first + "; then, for the last " + std::to_string(p.m - first) + " rows, " +
-           describe_kernel(part, compute_capability, sms);
-  }
-  if (kernels == Kernels::kPortableGemm) {
-    const auto [kernel, plan] = choose_portable_gemm(p, args.all_of_x_type(), args.zeros != nullptr, sms);
-    const PortableGemmShape shape = shape_of(kernel);
-    return std::string("portable mma.sync, scales on the ") +
-           (shape.on_weights ? "weights" : "sums of groups") + ", " + std::to_string(plan.tiles()) +
-           " tiles of " + std::to_string(shape.tokens) + " tokens x " + std::to_string(shape.features()) +
-           " features, " + std::to_string(plan.cut_tiles()) + " of them cut along K, words read " +
-           std::to_string(plan.m_tiles) + " times";
-  }
-  if (kernels == Kernels::kGemm) {
-    const auto [kernel, plan] = choose_gemm(p, args.all_of_x_type(), args.zeros != nullptr, sms);
-    const GemmShape shape = shape_of(kernel);
-    return std::string("wgmma, scales on the ") + (shape.tokens == 128 ? "weights" : "sums of groups") +
-           ", " + std::to_string(plan.m_tiles * plan.n_tiles) + " tiles of " +
-           std::to_string(shape.tokens) + " tokens x " + std::to_string(shape.features()) + " features, " +
-           (plan.ranks > 1 ? "a cluster of " + std::to_string(plan.ranks) + " for each"
-                           : std::to_string(plan.cut_tiles()) + " of them cut along K") +
-           ", words read " + std::to_string(plan.m_tiles) + " times";
-  }
-  const bool portable = args.portable || compute_capability < 90;
-  const DecodeKernel kernel = choose_decode_kernel(p, sms, portable);
-  const bool slices = kernel == DecodeKernel::kSlices1 || kernel == DecodeKernel::kSlices2;
-  const int tokens = shape_of(kernel).tokens;
-  return std::string(portable ? "portable mma.sync" : "mma.sync") +
-         (slices ? ", activations as int8 digits" : ", 16-bit floats") + ", up to " +
-         std::to_string(tokens) + " tokens at a time, words read " + std::to_string(ceil_div(p.m, tokens)) +
-         " times";
+  return describe(product_of(args), compute_capability, sms);
 }
 
 std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
@@ -195,8 +143,8 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   const Problem& p = args.problem;
   if (p.m == 0 || p.n == 0) return "";
 
-  const Kernels kernels = kernels_for(args, major * 10 + minor);
-  if (const int64_t first = rows_at_first(args, kernels, sms); first < p.m) {
+  const Kernels kernels = kernels_for(product_of(args), major * 10 + minor);
+  if (const int64_t first = rows_at_first(product_of(args), kernels, sms); first < p.m) {
     MatmulArgs part = args;
     part.problem.m = first;
     if (std::string failure = matmul(part, stream); !failure.empty()) return failure;
