@@ -171,6 +171,20 @@ inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool z
   return best;
 }
 
+// Rows of x in the first of two launches, or all `m` of them, whichever takes the fewest clocks: `in_one` all of them
+// together, clocks(rows) so many of them, and the second launch `launch` more.
+template <typename Clocks>
+int64_t cheapest_first_rows(int64_t m, int64_t in_one, int64_t launch, const Clocks& clocks) {
+  int64_t best = m, best_clocks = in_one;
+  for (int64_t tile : {128, 64}) {
+    const int64_t rest = m % tile;
+    if (rest == 0 || rest == m || rest > 64) continue;
+    const int64_t in_two = clocks(m - rest) + clocks(rest) + launch;
+    if (in_two < best_clocks) best = m - rest, best_clocks = in_two;
+  }
+  return best;
+}
+
 // Rows of x in the first of two launches, or all of them: rows that fill no tile may cost less by themselves. 129 rows
 // of 8192 x 57344 take 312 us as two tiles of 128; 128 rows take 180, and one takes 35.
 inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
@@ -184,15 +198,8 @@ inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros
     return rows <= 16 ? std::min(of_gemm, of_decode) : of_gemm;
   };
   // Whole tiles draw more power, and take up to a fifth longer than their clocks say.
-  int64_t best = problem.m, best_clocks = clocks(problem.m) * 53 / 50;
-  for (int64_t tile : {128, 64}) {
-    const int64_t rest = problem.m % tile;
-    if (rest == 0 || rest == problem.m || rest > 64) continue;
-    constexpr int64_t kLaunch = 1500;  // another one
-    const int64_t in_two = clocks(problem.m - rest) + clocks(rest) + kLaunch;
-    if (in_two < best_clocks) best = problem.m - rest, best_clocks = in_two;
-  }
-  return best;
+  constexpr int64_t kLaunch = 1500;  // another one
+  return cheapest_first_rows(problem.m, clocks(problem.m) * 53 / 50, kLaunch, clocks);
 }
 
 // Bytes of the parts of tiles that several thread blocks share.

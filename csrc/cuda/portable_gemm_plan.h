@@ -138,14 +138,7 @@ inline int64_t portable_first_rows(const Problem& problem, bool all_of_x_type, b
       return 3000 + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
     return choose_portable_gemm(some, all_of_x_type, zeros, sms).plan.clocks;
   };
-  int64_t best = problem.m, best_clocks = clocks(problem.m);
-  for (int64_t tile : {128, 64}) {
-    const int64_t rest = problem.m % tile;
-    if (rest == 0 || rest == problem.m || rest > 64) continue;
-    const int64_t in_two = clocks(problem.m - rest) + clocks(rest);
-    if (in_two < best_clocks) best = problem.m - rest, best_clocks = in_two;
-  }
-  return best;
+  return cheapest_first_rows(problem.m, clocks(problem.m), 0, clocks);
 }
 
 // Bytes of the parts of tiles that several thread blocks share: two for each at most, the end of a tile and the start
