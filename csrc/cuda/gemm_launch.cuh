@@ -63,15 +63,11 @@ inline std::string make_x_map(CUtensorMap& map, const MatmulArgs& args, int toke
   return "matmul: cuTensorMapEncodeTiled failed with error " + std::to_string(result);
 }
 
-template <GemmKernel kernel, typename T, int kGroupSize, bool kHasZeros>
-std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, cudaStream_t stream) {
-  constexpr GemmShape kShape = shape_of(kernel);
-  using Tile = TileLayout<kShape.tokens, kShape.warpgroups, kShape.warp_tiles>;
-  using Smem = GemmSmem<Tile, kGroupSize, kHasZeros, kShape.stages>;
-  static_assert(Smem::kBytes <= 227 * 1024, "what a thread block may have on sm_90");
+// The arguments that the kernels of gemm.cuh and of portable_gemm.cuh have in common.
+template <typename Args>
+Args args_of(const MatmulArgs& args, const GemmPlan& plan) {
   const Problem& p = args.problem;
-
-  GemmArgs gemm = {};
+  Args gemm = {};
   gemm.words = reinterpret_cast<const uint4*>(args.words);
   gemm.scales = args.scales;
   gemm.zeros = args.zeros;
@@ -82,24 +78,47 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   gemm.groups = static_cast<int>(p.groups);
   gemm.group_stride = p.groups == 1 ? 0 : gemm.n;
   gemm.group_shift = p.groups == 1 ? 31 : p.group_size() == 32 ? 5 : p.group_size() == 64 ? 6 : 7;
-  gemm.unit_rows = gemm.group_shift < 7 ? 128 >> gemm.group_shift : 1;
-  gemm.row_shift = std::min(gemm.group_shift, 7) - 5;
   gemm.scales_are_f32 = args.scale_type == DType::kF32;
   gemm.y_is_f32 = args.y_type == DType::kF32;
   gemm.walk = walk_of(plan, static_cast<int>(p.k_blocks<2>()));
+  return gemm;
+}
+
+// With zeros: the sums of x over each group, `count` floats in the scratch from `offset` on, `stride` from one group
+// to the next.
+template <typename T, int kGroupSize, typename Args>
+std::string launch_sum_groups(Args& gemm, const MatmulArgs& args, int64_t offset, int64_t count,
+                              int64_t stride, cudaStream_t stream) {
+  const int k = static_cast<int>(args.problem.k);
+  float* x_sums = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + offset);
+  gemm.x_sums = x_sums;
+  gemm.x_groups = static_cast<int>(ceil_div(k, kGroupSize));
+  gemm.x_sums_stride = static_cast<int>(stride);
+  if (gemm.x_groups == 0) return "";
+  sum_groups<T><<<static_cast<unsigned>(ceil_div(count, 8)), 256, 0, stream>>>(
+      static_cast<const T*>(args.x), x_sums, gemm.m, k, kGroupSize, gemm.x_sums_stride);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? "" : describe("launching sum_groups", error);
+}
+
+template <GemmKernel kernel, typename T, int kGroupSize, bool kHasZeros>
+std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, cudaStream_t stream) {
+  constexpr GemmShape kShape = shape_of(kernel);
+  using Tile = TileLayout<kShape.tokens, kShape.warpgroups, kShape.warp_tiles>;
+  using Smem = GemmSmem<Tile, kGroupSize, kHasZeros, kShape.stages>;
+  static_assert(Smem::kBytes <= 227 * 1024, "what a thread block may have on sm_90");
+  const Problem& p = args.problem;
+
+  GemmArgs gemm = args_of<GemmArgs>(args, plan);
+  gemm.unit_rows = gemm.group_shift < 7 ? 128 >> gemm.group_shift : 1;
+  gemm.row_shift = std::min(gemm.group_shift, 7) - 5;
 
   CUtensorMap x_map;
   if (std::string error = make_x_map(x_map, args, kShape.tokens); !error.empty()) return error;
   if constexpr (kHasZeros) {
-    float* x_sums = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + gemm_part_bytes(p, kernel));
-    gemm.x_sums = x_sums;
-    gemm.x_groups = static_cast<int>(ceil_div(p.k, kGroupSize));
-    gemm.x_sums_stride = static_cast<int>(gemm_x_sums_stride(p));
-    sum_groups<T><<<static_cast<unsigned>(ceil_div(gemm_x_sums(p), 8)), 256, 0, stream>>>(
-        static_cast<const T*>(args.x), x_sums, gemm.m, static_cast<int>(p.k), kGroupSize,
-        gemm.x_sums_stride);
-    if (cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-      return describe("launching sum_groups", error);
+    std::string error = launch_sum_groups<T, kGroupSize>(gemm, args, gemm_part_bytes(p, kernel),
+                                                         gemm_x_sums(p), gemm_x_sums_stride(p), stream);
+    if (!error.empty()) return error;
   }
 
   const auto function = gemm_kernel<T, kShape.tokens, kShape.warpgroups, kShape.warp_tiles, kGroupSize,

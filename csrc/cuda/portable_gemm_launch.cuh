@@ -30,33 +30,13 @@ std::string launch_portable_tiles(const MatmulArgs& args, const GemmPlan& plan, 
   static_assert(Smem::kBytes <= kSmallestSharedMemory);
   const Problem& p = args.problem;
 
-  PortableGemmArgs gemm = {};
+  PortableGemmArgs gemm = args_of<PortableGemmArgs>(args, plan);
   gemm.x = args.x;
-  gemm.words = reinterpret_cast<const uint4*>(args.words);
-  gemm.scales = args.scales;
-  gemm.zeros = args.zeros;
-  gemm.y = args.y;
-  gemm.parts = static_cast<float4*>(args.scratch);
-  gemm.m = static_cast<int>(p.m), gemm.n = static_cast<int>(p.n), gemm.k = static_cast<int>(p.k);
-  gemm.n_blocks = static_cast<int>(p.n_blocks<2>());
-  gemm.groups = static_cast<int>(p.groups);
-  gemm.group_stride = p.groups == 1 ? 0 : gemm.n;
-  gemm.group_shift = p.groups == 1 ? 31 : p.group_size() == 32 ? 5 : p.group_size() == 64 ? 6 : 7;
-  gemm.scales_are_f32 = args.scale_type == DType::kF32;
-  gemm.y_is_f32 = args.y_type == DType::kF32;
-  gemm.walk = walk_of(plan, static_cast<int>(p.k_blocks<2>()));
-
+  gemm.k = static_cast<int>(p.k);
   if constexpr (kHasZeros) {
-    float* x_sums = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + part_bytes);
-    gemm.x_sums = x_sums;
-    gemm.x_groups = static_cast<int>(ceil_div(p.k, kGroupSize));
-    gemm.x_sums_stride = static_cast<int>(portable_x_sums_stride(p));
-    if (gemm.x_groups > 0) {
-      sum_groups<T><<<static_cast<unsigned>(ceil_div(portable_x_sums(p), 8)), 256, 0, stream>>>(
-          static_cast<const T*>(args.x), x_sums, gemm.m, gemm.k, kGroupSize, gemm.x_sums_stride);
-    }
-    if (cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-      return describe("launching sum_groups", error);
+    std::string error = launch_sum_groups<T, kGroupSize>(gemm, args, part_bytes, portable_x_sums(p),
+                                                         portable_x_sums_stride(p), stream);
+    if (!error.empty()) return error;
   }
 
   const auto function = portable_gemm_kernel<T, Tile, kGroupSize, kHasZeros>;
