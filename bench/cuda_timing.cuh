@@ -89,74 +89,78 @@ struct Rotation {
   }
 };
 
+// A stream, and the time that what is enqueued on it takes there.
+class Stopwatch {
+ public:
+  Stopwatch() {
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaEventCreate(&begin_));
+    CHECK(cudaEventCreate(&end_));
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  ~Stopwatch() {
+    CHECK(cudaEventDestroy(begin_));
+    CHECK(cudaEventDestroy(end_));
+    CHECK(cudaStreamDestroy(stream));
+  }
+
+  template <typename Enqueue>
+  float milliseconds(const Enqueue& enqueue) const {
+    CHECK(cudaEventRecord(begin_, stream));
+    enqueue();
+    CHECK(cudaEventRecord(end_, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    float ms;
+    CHECK(cudaEventElapsedTime(&ms, begin_, end_));
+    return ms;
+  }
+
+  // The median over repeats, after one that does not count.
+  template <typename Enqueue>
+  float median_milliseconds(int repeats, const Enqueue& enqueue) const {
+    milliseconds(enqueue);
+    std::vector<float> times(repeats);
+    for (float& ms : times) ms = milliseconds(enqueue);
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+  }
+
+  cudaStream_t stream;
+
+ private:
+  cudaEvent_t begin_, end_;
+};
+
 // Microseconds a launch, the median over repeats of a captured graph of them.
 inline float graph_time_us(int launches, const std::function<void(int, cudaStream_t)>& launch,
                            float settle_ms = 0, int repeats = 7) {
-  cudaStream_t stream;
-  CHECK(cudaStreamCreate(&stream));
+  const Stopwatch watch;
   cudaGraph_t graph;
   cudaGraphExec_t exec;
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < launches; ++i) launch(i, stream);
-  CHECK(cudaStreamEndCapture(stream, &graph));
+  CHECK(cudaStreamBeginCapture(watch.stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < launches; ++i) launch(i, watch.stream);
+  CHECK(cudaStreamEndCapture(watch.stream, &graph));
   CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t a, b;
-  CHECK(cudaEventCreate(&a));
-  CHECK(cudaEventCreate(&b));
-  std::vector<float> times;
+  const auto replay = [&] { CHECK(cudaGraphLaunch(exec, watch.stream)); };
   // Products that draw more power than the card may slow its clocks: first until they have settled.
   float warm_ms = 0;
-  while (warm_ms < settle_ms) {
-    CHECK(cudaEventRecord(a, stream));
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaEventRecord(b, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, a, b));
-    warm_ms += ms;
-  }
-  for (int i = 0; i < repeats + 1; ++i) {
-    CHECK(cudaEventRecord(a, stream));
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaEventRecord(b, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, a, b));
-    if (i >= 1) times.push_back(ms * 1000.f / launches);
-  }
+  while (warm_ms < settle_ms) warm_ms += watch.milliseconds(replay);
+  const float ms = watch.median_milliseconds(repeats, replay);
   CHECK(cudaGraphExecDestroy(exec));
   CHECK(cudaGraphDestroy(graph));
-  CHECK(cudaEventDestroy(a));
-  CHECK(cudaEventDestroy(b));
-  CHECK(cudaStreamDestroy(stream));
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  return ms * 1000.f / launches;
 }
 
 // Microseconds a launch without a graph, back to back on a stream, the median over repeats: where the host takes longer
 // to launch than the GPU to compute, it is the host that is timed.
 inline float stream_time_us(int launches, const std::function<void(int, cudaStream_t)>& launch,
                             int repeats = 7) {
-  cudaStream_t stream;
-  cudaEvent_t a, b;
-  CHECK(cudaStreamCreate(&stream));
-  CHECK(cudaEventCreate(&a));
-  CHECK(cudaEventCreate(&b));
-  std::vector<float> times;
-  for (int r = 0; r < repeats + 1; ++r) {
-    CHECK(cudaEventRecord(a, stream));
-    for (int i = 0; i < launches; ++i) launch(i, stream);
-    CHECK(cudaEventRecord(b, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, a, b));
-    if (r >= 1) times.push_back(ms * 1000.f / launches);
-  }
-  CHECK(cudaEventDestroy(a));
-  CHECK(cudaEventDestroy(b));
-  CHECK(cudaStreamDestroy(stream));
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  const Stopwatch watch;
+  return watch.median_milliseconds(repeats,
+                                   [&] {
+                                     for (int i = 0; i < launches; ++i) launch(i, watch.stream);
+                                   }) *
+         1000.f / launches;
 }
 
 // Microseconds that only reading the weights takes: the best of several launch shapes.
