@@ -117,40 +117,47 @@ void for_each_product(Visit visit) {
   }
 }
 
+// Walks through every launch that the kernels of a family may make of the products, on GPUs with so many
+// multiprocessors. Returns how many products take two.
+template <typename Kernels, typename Choose, typename FirstRows, typename Fits>
+int walk_through_all(const Kernels& kernels, const std::vector<int>& sms_of_gpus, Choose choose,
+                     FirstRows first_rows_of, Fits fits_scratch, Counts& counts) {
+  int in_two = 0;
+  for (int sms : sms_of_gpus) {
+    for_each_product([&](const Problem& problem, bool all_of_x_type, bool zeros) {
+      const auto kernel = choose(problem, all_of_x_type, zeros, sms).kernel;
+      EXPECT(may_take(kernel, problem.m, all_of_x_type, zeros));
+      const int64_t first = first_rows_of(problem, all_of_x_type, zeros, sms);
+      EXPECT(first > 0 && first <= problem.m && (first == problem.m || problem.m - first <= 64));
+      in_two += first < problem.m;
+      for (const auto kernel : kernels) {
+        if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
+        walk_through(problem, kernel, sms, counts);
+        EXPECT(fits_scratch(problem, kernel, zeros));
+      }
+    });
+  }
+  return in_two;
+}
+
 int main() {
   Counts hopper, portable;
-  int in_two = 0;
-  for (int sms : {132, 114, 78, 13}) {
-    for_each_product([&](const Problem& problem, bool all_of_x_type, bool zeros) {
-      GemmKernel kernel = choose_gemm(problem, all_of_x_type, zeros, sms).kernel;
-      EXPECT(may_take(kernel, problem.m, all_of_x_type, zeros));
-      const int64_t first = first_rows(problem, all_of_x_type, zeros, sms);
-      EXPECT(first > 0 && first <= problem.m && (first == problem.m || problem.m - first <= 64));
-      in_two += first < problem.m;
-      for (GemmKernel kernel : kGemmKernels) {
-        if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
-        walk_through(problem, kernel, sms, hopper);
-        EXPECT(!is_for_gemm(problem, zeros) ||
-               gemm_part_bytes(problem, kernel) <= gemm_scratch_bytes(problem));
-      }
-    });
-  }
-  for (int sms : {200, 28}) {
-    for_each_product([&](const Problem& problem, bool all_of_x_type, bool zeros) {
-      PortableGemmKernel kernel = choose_portable_gemm(problem, all_of_x_type, zeros, sms).kernel;
-      EXPECT(may_take(kernel, problem.m, all_of_x_type, zeros));
-      const int64_t first = portable_first_rows(problem, all_of_x_type, zeros, sms);
-      EXPECT(first > 0 && first <= problem.m && (first == problem.m || problem.m - first <= 64));
-      in_two += first < problem.m;
-      for (PortableGemmKernel kernel : kPortableGemmKernels) {
-        if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
-        walk_through(problem, kernel, sms, portable);
-        EXPECT(portable_part_bytes(problem, kernel) <= portable_gemm_scratch_bytes(problem));
-      }
-    });
-  }
+  int in_two = walk_through_all(
+      kGemmKernels, {132, 114, 78, 13}, choose_gemm, first_rows,
+      [](const Problem& problem, GemmKernel kernel, bool zeros) {
+        return !is_for_gemm(problem, zeros) ||
+               gemm_part_bytes(problem, kernel) <= gemm_scratch_bytes(problem);
+      },
+      hopper);
+  in_two += walk_through_all(
+      kPortableGemmKernels, {200, 28}, choose_portable_gemm, portable_first_rows,
+      [](const Problem& problem, PortableGemmKernel kernel, bool) {
+        return portable_part_bytes(problem, kernel) <= portable_gemm_scratch_bytes(problem);
+      },
+      portable);
   std::printf(
-      "Hopper: %d launches of whole tiles, %d with some cut, %d with clusters; every GPU: %d of whole tiles, %d with "
+      "Hopper: %d launches of whole tiles, %d with some cut, %d with clusters; every GPU: %d of whole "
+      "tiles, %d with "
       "some cut; %d products in two launches\n",
       hopper.whole, hopper.cut, hopper.clusters, portable.whole, portable.cut, in_two);
   return hopper.whole && hopper.cut && hopper.clusters && portable.whole && portable.cut && in_two ? 0 : 1;
