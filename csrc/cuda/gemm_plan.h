@@ -171,6 +171,12 @@ inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool z
   return best;
 }
 
+// What the decode kernels take, that begin after `start`: 1.2 to 2.4 times as long as the words take to arrive, at 2,100
+// bytes a clock.
+inline int64_t decode_clocks(const Problem& problem, int64_t rows, int64_t start) {
+  return start + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
+}
+
 // Rows of x in the first of two launches, or all `m` of them, whichever takes the fewest clocks: `in_one` all of them
 // together, clocks(rows) so many of them, and the second launch `launch` more.
 template <typename Clocks>
@@ -193,9 +199,7 @@ inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros
     Problem some = problem;
     some.m = rows;
     const int64_t of_gemm = choose_gemm(some, all_of_x_type, zeros, sms).plan.clocks;
-    // The decode kernels: 1.2 to 2.4 times as long as the words take to arrive, at 2,100 bytes a clock.
-    const int64_t of_decode = 5000 + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
-    return rows <= 16 ? std::min(of_gemm, of_decode) : of_gemm;
+    return rows <= 16 ? std::min(of_gemm, decode_clocks(problem, rows, 5000)) : of_gemm;
   };
   // Whole tiles draw more power, and take up to a fifth longer than their clocks say.
   constexpr int64_t kLaunch = 1500;  // another one

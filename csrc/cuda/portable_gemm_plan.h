@@ -134,8 +134,7 @@ inline int64_t portable_first_rows(const Problem& problem, bool all_of_x_type, b
   const auto clocks = [&](int64_t rows) {
     Problem some = problem;
     some.m = rows;
-    if (!is_for_portable_gemm(some, zeros))  // the decode kernels
-      return 3000 + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
+    if (!is_for_portable_gemm(some, zeros)) return decode_clocks(problem, rows, 3000);
     return choose_portable_gemm(some, all_of_x_type, zeros, sms).plan.clocks;
   };
   return cheapest_first_rows(problem.m, clocks(problem.m), 0, clocks);
