@@ -1,7 +1,7 @@
 """Time the feed-forward products of a 70B-like decoder on 1, 2, 4, ... devices, with their all-reduce shown apart.
 
     python bench/multi_gpu.py                                   # 8192 -> 57344, 28672 -> 8192, M = 1, 8, 16, 32
-    python bench/multi_gpu.py --k 256 --n 512 --devices 1,2 --m 1 --layers 2 --calls 2       # a trial on CPU
+    python bench/multi_gpu.py --k 256 --n 512 --devices 1,2 --m 1 --layers 2 --steps 2       # a trial on CPU
 
 A block is a column-parallel product x [M, K] @ [K, 2 N], tanh of the sum of neighbouring pairs of columns in the
 place of the gated activation, and a row-parallel product [M, N] @ [N, K], after which one all-reduce sums the float32
@@ -15,11 +15,12 @@ parts. Five programs are timed on every number of devices:
 
 In the last three each step needs the one before, as in a decoder. "columns + rows" is what the products take by
 themselves, "matmuls" has the small kernel between them as well. Times are microseconds a block, the median of
-several turns. A program has ``layers`` blocks with weights of their own (far more than the L2 cache holds), a
-turn is ``calls`` of it in a row, each with the result of the last, whose buffer it is given (donated), as a
-decoder's step and its cache; so the host prepares one call while the devices do another. ``host_us`` is the time
-until the host had prepared them all: where it is near the whole, the host was the limit. The speed-up of n
-devices is the time of one over the time of n.
+several turns. A program goes through ``layers`` blocks with weights of their own (far more than the L2 cache holds)
+``steps`` times, in a loop, as a decoder generates token after token. A turn is ``calls`` of it in a row, each with
+the result of the last, whose buffer it is given (donated); so the host prepares one call while the devices do
+another. ``host_us`` is the time until the host had prepared them all: where it is near the whole, the host was the
+limit. (One step a call makes it that on four devices: JAX hands every weight to every device in each call.) The
+speed-up of n devices is the time of one over the time of n.
 
 On a GPU whatever lies between two all-reduces is one CUDA graph, in which kernels follow each other; XLA by
 itself would make graphs of five kernels and more only, and a block has three between all-reduces (a decoder's
@@ -97,17 +98,23 @@ def all_reduces(x: jax.Array, weights: list[tuple], *, devices: int) -> jax.Arra
 
 
 def products(total: jax.Array, weights: list[tuple], x: jax.Array, *, which: slice) -> jax.Array:
-    """x times each weight. XLA does not look through the barrier, so that all of every product is computed."""
+    """x times each weight. XLA does not look through the barriers, so that all of every product is computed, each time."""
+    x, total = jax.lax.optimization_barrier((x, total))
     results = jax.lax.optimization_barrier([jax_trirun.matmul(x, *weight[which]) for weight in weights])
     return total + sum(y[0, 0].astype(jnp.float32) for y in results)
 
 
 class Program:
-    """A compiled function state, weights, *rest -> state of the same shape, whose buffer is donated."""
+    """``steps`` times a function state, weights, *rest -> state of the same shape, compiled. The state is donated."""
 
-    def __init__(self, name: str, function: Any, state: jax.Array, weights: list[tuple], *rest: jax.Array):
+    def __init__(
+        self, name: str, steps: int, function: Any, state: jax.Array, weights: list[tuple], *rest: jax.Array
+    ):
+        def loop(state, *rest):
+            return jax.lax.fori_loop(0, steps, lambda _, state: function(state, *rest), state)
+
         self.name, self.state, self.rest = name, state, (weights, *rest)
-        self.lowered = jax.jit(function, donate_argnums=0).lower(state, *self.rest)
+        self.lowered = jax.jit(loop, donate_argnums=0).lower(state, *self.rest)
 
     def compile(self, options: dict[str, Any]) -> "Program":
         self.compiled = self.lowered.compile(options)
@@ -128,7 +135,7 @@ class Program:
             raise AssertionError(f"{self.name} ended in zeros, infinities or NaN")
 
 
-def programs(mesh: Mesh, weights: list[tuple], m: int, k: int, n: int) -> Iterator[Program]:
+def programs(mesh: Mesh, weights: list[tuple], m: int, k: int, n: int, steps: int) -> Iterator[Program]:
     devices = mesh.devices.size
     spec_x, spec_weights = P(None, None), [(*COLUMNS, *ROWS)] * len(weights)
 
@@ -156,13 +163,13 @@ def programs(mesh: Mesh, weights: list[tuple], m: int, k: int, n: int) -> Iterat
         ("rows", slice(2, 4), random(n), P(None, "d")),
     ):
         body = on_each_device(partial(products, which=which), P("d"), spec)
-        yield Program(name, body, put(total, P("d")), weights, put(x, spec))
+        yield Program(name, steps, body, put(total, P("d")), weights, put(x, spec))
     alone = on_each_device(blocks, spec_x)
-    yield Program("matmuls", alone, new_x(), weights)
-    yield Program("block", blocks, new_x(), weights)
+    yield Program("matmuls", steps, alone, new_x(), weights)
+    yield Program("block", steps, blocks, new_x(), weights)
     if devices > 1:
         body = on_each_device(partial(all_reduces, devices=devices), spec_x)
-        yield Program("all-reduce", body, new_x().astype(jnp.float32), weights)
+        yield Program("all-reduce", steps, body, new_x().astype(jnp.float32), weights)
 
 
 def check(mesh: Mesh, k: int) -> None:
@@ -201,7 +208,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             todo = [
                 (m, pool.submit(program.compile, compiling))
                 for m in options.m
-                for program in programs(mesh, weights, m, options.k, options.n)
+                for program in programs(mesh, weights, m, options.k, options.n, options.steps)
             ]
         for m, program in ((m, future.result()) for m, future in todo):
             for _ in range(3):
@@ -209,14 +216,14 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             times, prepared = zip(*(program.run(options.calls) for _ in range(TURNS)), strict=True)
             program.check()
             low, _, high = statistics.quantiles(times, n=4)
-            a_block = 1e6 / options.layers
+            a_block = 1e6 / (options.layers * options.steps)
             median = statistics.median(times) * a_block
             alone.setdefault((m, program.name), median)
             bytes_here = read.get(program.name)
             row = {
                 "date": datetime.date.today().isoformat(), "device": jax.devices()[0].device_kind,
                 "jax": jax.__version__, "jaxlib": jaxlib.__version__, "k": options.k, "n": options.n,
-                "group_size": GROUP_SIZE, "layers": options.layers, "calls": options.calls,
+                "group_size": GROUP_SIZE, "layers": options.layers, "steps": options.steps, "calls": options.calls,
                 "graphs": "all-reduces too" if options.all_reduces_in_graphs else "between all-reduces",
                 "devices": devices, "m": m, "program": program.name, "us_per_block": f"{median:.2f}",
                 "spread_us": f"{(high - low) * a_block:.2f}",
@@ -270,7 +277,8 @@ def main() -> None:
         "--devices", type=integers, help="how many, as 1,2,4; default: all powers of two there are"
     )
     parser.add_argument("--layers", type=int, default=48, help="blocks with weights of their own")
-    parser.add_argument("--calls", type=int, default=6, help="of a program in a row")
+    parser.add_argument("--steps", type=int, default=16, help="times that a program goes through its blocks")
+    parser.add_argument("--calls", type=int, default=3, help="of a program in a row")
     parser.add_argument("--all-reduces-in-graphs", action="store_true", help="capture them in CUDA graphs")
     parser.add_argument("--output", type=Path, default=Path("multi_gpu.csv"), help="CSV; %(default)s")
     options = parser.parse_args()
