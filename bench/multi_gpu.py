@@ -98,7 +98,7 @@ def all_reduces(x: jax.Array, weights: list[tuple], *, devices: int) -> jax.Arra
 
 
 def products(total: jax.Array, weights: list[tuple], x: jax.Array, *, which: slice) -> jax.Array:
-    """x times each weight. XLA does not look through the barriers, so that all of every product is computed, each time."""
+    """x times each weight. XLA does not look through the barriers: all of every product is computed, each time."""
     x, total = jax.lax.optimization_barrier((x, total))
     results = jax.lax.optimization_barrier([jax_trirun.matmul(x, *weight[which]) for weight in weights])
     return total + sum(y[0, 0].astype(jnp.float32) for y in results)
