@@ -47,14 +47,21 @@ struct Problem {
 
   // An empty string, or one sentence: what was wanted and what came.
   std::string error() const {
-    const std::string sizes = "M=" + std::to_string(m) + ", K=" + std::to_string(k) +
-                              ", N=" + std::to_string(n) + ", groups=" + std::to_string(groups);
-    if (m < 0 || n < 0 || k < 0 || groups < 0) return "matmul: sizes must not be negative, got " + sizes;
-    if (k == 0) return groups <= 1 ? "" : "matmul: K=0 has at most one group, got " + sizes;
-    if (groups == 0) return "matmul: scales must have at least one row, got " + sizes;
-    if (k % groups != 0) return "matmul: the number of groups must divide K, got " + sizes;
+    if (m < 0) return "matmul: M must not be negative, got " + std::to_string(m);
+    return weight_error("matmul");
+  }
+
+  // The same of what W[K, N] alone decides; `where` begins the sentence.
+  std::string weight_error(const std::string& where) const {
+    const std::string sizes =
+        "K=" + std::to_string(k) + ", N=" + std::to_string(n) + ", groups=" + std::to_string(groups);
+    const std::string begin = where + ": ";
+    if (n < 0 || k < 0 || groups < 0) return begin + "sizes must not be negative, got " + sizes;
+    if (k == 0) return groups <= 1 ? "" : begin + "K=0 has at most one group, got " + sizes;
+    if (groups == 0) return begin + "scales must have at least one row, got " + sizes;
+    if (k % groups != 0) return begin + "the number of groups must divide K, got " + sizes;
     if (groups > 1 && group_size() != 32 && group_size() != 64 && group_size() != 128) {
-      return "matmul: group_size must be 32, 64, 128 or all of K, got " + std::to_string(group_size()) +
+      return begin + "group_size must be 32, 64, 128 or all of K, got " + std::to_string(group_size()) +
              " (" + sizes + ")";
     }
     return "";

@@ -6,9 +6,9 @@ does not load is an ImportError.
 A native module offers
 
     ffi_api_version() -> (major, minor)     of the headers it was built with
-    ffi_handlers() -> {target: capsule}     with MATMUL_TARGET among the targets
+    ffi_handlers() -> {target: capsule}     with MATMUL_TARGET among the targets; on CUDA DEQUANTIZE_TARGET too
 
-and on CUDA, whose call has a uint8 scratch array as its second result and an int64 attribute "portable",
+and on CUDA, whose matmul has a uint8 scratch array as its second result and an int64 attribute "portable",
 with dtypes by their NumPy names:
 
     why_unsupported(m, n, k, groups, x_dtype, scale_dtype, out_dtype, portable) -> "" or a sentence
@@ -29,6 +29,7 @@ import numpy as np
 from jax.interpreters import mlir
 
 MATMUL_TARGET = "jax_trirun_matmul_v1"
+DEQUANTIZE_TARGET = "jax_trirun_dequantize_v1"
 PACK_TARGET = "jax_trirun_pack_v1"
 UNPACK_TARGET = "jax_trirun_unpack_v1"
 

@@ -22,5 +22,5 @@ def export_disabled_checks() -> list[export.DisabledSafetyCheck]:
         ... )(x, qw)
         >>> data = exported.serialize()  # needs the package flatbuffers
     """
-    targets = (_ffi.MATMUL_TARGET, _ffi.PACK_TARGET, _ffi.UNPACK_TARGET)
+    targets = (_ffi.MATMUL_TARGET, _ffi.DEQUANTIZE_TARGET, _ffi.PACK_TARGET, _ffi.UNPACK_TARGET)
     return [export.DisabledSafetyCheck.custom_call(target) for target in targets]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _ffi
+from .dense import has_kernel
 from .partition import explicit_mesh, on_explicit_mesh
 from .primitive import bind_matmul, describe_cuda_kernel, ffi_reason
 from .types import FLOATS, QuantTensor, check_float, check_weights
@@ -93,6 +94,8 @@ def explain(x: Any, qw: Any, s: Any = None, zeros: Any = None, *, backend: str |
     )
     if reason:
         what, why = "reference (dequantise, then a plain dot)", reason
+        if has_kernel(platform, backend, params["bits"]):
+            what = f"the FFI call {_ffi.DEQUANTIZE_TARGET} of back end {name!r}, then a plain dot"
     else:
         what = f"the FFI call {_ffi.MATMUL_TARGET} of back end {name!r}"
         why = "asked for" if backend else f"the best for platform {platform!r}"

@@ -9,7 +9,8 @@ weight has them, zeros [groups, N]; its parameters:
     bits       of a code
     backend    None or a name of _ffi.KNOWN_BACKENDS
 
-It lowers to ``_call_p``, which is one call into one back end and knows nothing of transformations.
+It lowers to ``_call_p``, which is one call into one back end and knows nothing of transformations, or where that has
+no kernel for it a product with a dense weight (reference.py, dense.py).
 Between the two is partition.py, which has each device make a call for its part.
 
 The gradient of scales is another primitive, ``scales_cotangent_p``, made likewise; the transposes of each
@@ -26,6 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from . import _ffi
+from .dense import dense_on
 from .partition import (
     by_mapped_shards,
     lower_partitioned,
@@ -115,16 +117,17 @@ def _out_sharding(x, scales, transpose):
 # ---- Lowering ---------------------------------------------------------------------------------------
 
 
-def _reference(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend, tensor_cores=False):
+def _reference(x, words, scales, *zeros, k, out_dtype, transpose, bits, backend, dense):
     del backend
     return matmul_reference(
         x, words, scales, zeros[0] if zeros else None,
-        k=k, out_dtype=out_dtype, transpose=transpose, bits=bits, tensor_cores=tensor_cores,
+        k=k, out_dtype=out_dtype, transpose=transpose, bits=bits, dense=dense,
     )  # fmt: skip
 
 
-def _lower_reference(ctx, *operands, **params):
-    return _lower_plainly(partial(_reference, **params), ctx, operands)
+def _lower_reference(ctx, platform, operands, params):
+    dense = dense_on(platform, params["backend"], params["bits"])
+    return _lower_plainly(partial(_reference, **params, dense=dense), ctx, operands)
 
 
 def _lower_plainly(function, ctx, operands):
@@ -148,7 +151,7 @@ def ffi_reason(platform: str, params: dict, x: Any, scales: Any, zeros: Any | No
     if backend is None:
         return f"this installation has no module for {platform}"
     if params["transpose"]:
-        return "a product with the transposed weight has no kernel yet"
+        return "a product with the transposed weight has no kernel of its own"
     if params["bits"] != 2:
         return f"bits={params['bits']} has no kernel yet"
     if params["out_dtype"] not in (np.dtype(x.dtype), np.dtype("float32")):
@@ -207,7 +210,7 @@ def _lower_ffi(platform: str):
             raise ValueError(error)
         x, _, scales, *zeros = ctx.avals_in
         if ffi_reason(platform, params, x, scales, zeros[0] if zeros else None):
-            return _lower_reference(ctx, *operands, **params, tensor_cores=platform == "cuda")
+            return _lower_reference(ctx, platform, operands, params)
         return call(ctx, _ffi.BACKENDS[params["backend"] or platform], operands, params)
 
     return rule
@@ -264,7 +267,7 @@ def _apply(ctx, function, value, aval):
 def _lower_elsewhere(ctx, *operands, **params):
     if error := _ffi.platform_error(params["backend"], "another platform"):
         raise ValueError(error)
-    return _lower_reference(ctx, *operands, **params)
+    return _lower_reference(ctx, None, operands, params)
 
 
 mlir.register_lowering(_call_p, _lower_elsewhere)
@@ -384,13 +387,11 @@ def _cotangent_abstract_eval(a, b, words, *zeros, k, groups, bits, backend):
     return b.update(shape=shape, dtype=np.dtype("float32"), weak_type=False, sharding=sharding)
 
 
-def _lower_cotangent_call(ctx, *operands, k, groups, bits, backend, tensor_cores=False):
-    del backend
+def _lower_cotangent_call(ctx, *operands, k, groups, bits, backend, platform=None):
+    dense = dense_on(platform, backend, bits)
 
     def compute(a, b, words, zeros=None):
-        return scales_cotangent_reference(
-            a, b, words, zeros, k=k, groups=groups, bits=bits, tensor_cores=tensor_cores
-        )
+        return scales_cotangent_reference(a, b, words, zeros, k=k, groups=groups, bits=bits, dense=dense)
 
     return _lower_plainly(compute, ctx, operands)
 
@@ -428,7 +429,7 @@ def _cotangent_transpose(ct, a, b, words, *zeros, k, groups, bits, backend):
 
 lower_partitioned(scales_cotangent_p, _cotangent_call_p, "matmul", partitioned_scales_cotangent)
 mlir.register_lowering(_cotangent_call_p, _lower_cotangent_call)
-mlir.register_lowering(_cotangent_call_p, partial(_lower_cotangent_call, tensor_cores=True), platform="cuda")
+mlir.register_lowering(_cotangent_call_p, partial(_lower_cotangent_call, platform="cuda"), platform="cuda")
 for _p in (scales_cotangent_p, _cotangent_call_p):
     _p.def_abstract_eval(_cotangent_abstract_eval)
     _p.def_impl(partial(xla.apply_primitive, _p))

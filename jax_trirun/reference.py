@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,31 @@ def dequantize(
     return w.astype(dtype)
 
 
+def dequantize_to(
+    words: jax.Array, scales: jax.Array, zeros: jax.Array | None, k: int, bits: int, dtype: Any
+) -> jax.Array:
+    """W of ``dtype``, computed in float32 and rounded once."""
+    return dequantize_float32(words, scales, zeros, k, bits).astype(dtype)
+
+
+class Dense(NamedTuple):
+    """How a platform makes products with a weight that it makes dense first.
+
+    Attributes:
+        dequantize: what ``dequantize_to`` is, or does.
+        part_bytes: of a weight's rows that a backward pass makes dense at once, at most.
+        tensor_cores: 16-bit activations meet weights of 16-bit scales as tensor cores take them. That rounds
+            nothing: such a weight is its scale times a small whole number. With zeros it is not.
+    """
+
+    dequantize: Callable[..., jax.Array] = dequantize_to
+    part_bytes: int = PART_BYTES
+    tensor_cores: bool = False
+
+
+PLAIN = Dense()
+
+
 def matmul_reference(
     x: jax.Array,
     words: jax.Array,
@@ -87,28 +112,34 @@ def matmul_reference(
     out_dtype: Any,
     transpose: bool,
     bits: int,
-    tensor_cores: bool = False,
+    dense: Dense = PLAIN,
 ) -> jax.Array:
-    """x[M, K] @ W[K, N] -> [M, N], or with ``transpose`` x[M, N] @ W.T -> [M, K]; summed in float32.
+    """x[M, K] @ W[K, N] -> [M, N], or with ``transpose`` x[M, N] @ W.T -> [M, K]; summed in float32."""
+    groups, n = scales.shape
 
-    With ``tensor_cores`` 16-bit activations meet weights of 16-bit scales as tensor cores take them. That rounds
-    nothing: such a weight is its scale times a small whole number. With zeros it is not.
-    """
-    kinds = (x.dtype, scales.dtype) if tensor_cores and zeros is None else ()
+    def product(dtype, precision):
+        def columns(words, scales, zeros, rows):
+            w = dense.dequantize(words, scales, zeros, rows, bits, dtype)
+            return _dot(x.astype(dtype), w, 1 if transpose else 0, precision).astype(out_dtype)
 
-    def dot(words, scales, zeros, rows, axis):
-        w = dequantize_float32(words, scales, zeros, rows, bits)
-        return _dot(x.astype(jnp.float32), w, axis, kinds).astype(out_dtype)
+        if not transpose:
+            return columns(words, scales, zeros, k)
+        parts = _parts_of_k(k, n * jnp.dtype(dtype).itemsize, groups, bits, dense.part_bytes)
+        y = _map_parts_of_k(columns, (words, scales, zeros), k, parts)  # [parts, M, K / parts]
+        return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], k)
 
-    if not transpose:
-        return dot(words, scales, zeros, k, 0)
-
-    def columns(words, scales, zeros, rows):
-        return dot(words, scales, zeros, rows, 1)
-
-    parts = _parts_of_k(k, scales.shape[1], scales.shape[0], bits, PART_BYTES)
-    y = _map_parts_of_k(columns, (words, scales, zeros), k, parts)  # [parts, M, K / parts]
-    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], k)
+    if not dense.tensor_cores or zeros is not None:
+        return product(jnp.float32, HIGHEST)
+    dtype, precision = _exact_for_tensor_cores(x.dtype, scales.dtype)
+    if dtype != jnp.float16:
+        return product(dtype, precision)
+    zero_point, max_code = layout(bits).zero_point, layout(bits).max_code
+    largest_scale = float(jnp.finfo(dtype).max) / max(zero_point, max_code - zero_point)
+    return jax.lax.cond(  # float16 may not hold a weight, which is a scale times a level
+        jnp.all(jnp.abs(scales) <= largest_scale),
+        lambda: product(dtype, precision),
+        lambda: product(jnp.float32, precision),
+    )
 
 
 def scales_cotangent_reference(
@@ -120,39 +151,44 @@ def scales_cotangent_reference(
     k: int,
     groups: int,
     bits: int,
-    tensor_cores: bool = False,
+    dense: Dense = PLAIN,
 ) -> jax.Array:
     """s_bar[g, n] = sum of a[m, k] b[m, n] (code[k, n] - zero[g, n]) over all m and the k of group g.
 
     a [M, K], b [M, N] -> float32 [groups, N]. Of ``a.T @ b`` only a part as large as the words is there at a time.
     """
     n = b.shape[1]
-    kinds = (a.dtype, b.dtype) if tensor_cores else ()
-    b = b.astype(jnp.float32)
+    dtype, precision = jnp.float32, HIGHEST
+    if dense.tensor_cores:
+        dtype, precision = _exact_for_tensor_cores(a.dtype, b.dtype)
+    b = b.astype(dtype)
 
     def sums(words, a, zeros, rows):
-        levels = unpack(words, (rows, n), bits=bits).astype(jnp.float32)
-        levels -= layout(bits).zero_point if zeros is None else repeat_groups(zeros.astype(jnp.float32), rows)
-        products = _dot(a.astype(jnp.float32), b, 0, kinds) * levels
+        ones = jnp.ones((1, n), jnp.float32) if zeros is None else jnp.ones_like(zeros)
+        levels = dense.dequantize(words, ones, zeros, rows, bits, jnp.float32)
+        products = _dot(a.astype(dtype), b, 0, precision) * levels
         here = 1 if groups == 1 else groups * rows // k
         return jnp.sum(products.reshape(here, rows // here, n), axis=1)
 
-    at_once = min(PART_BYTES, max(SMALL_PART_BYTES, words.size * words.dtype.itemsize))
-    s_bar = _map_parts_of_k(sums, (words, a.T, zeros), k, _parts_of_k(k, n, groups, bits, at_once))
+    at_once = min(dense.part_bytes, max(SMALL_PART_BYTES, words.size * words.dtype.itemsize))
+    s_bar = _map_parts_of_k(sums, (words, a.T, zeros), k, _parts_of_k(k, 4 * n, groups, bits, at_once))
     return jnp.sum(s_bar, axis=0) if groups == 1 else s_bar.reshape(groups, n)
 
 
-def _dot(x: jax.Array, w: jax.Array, axis: int, kinds: Sequence[Any]) -> jax.Array:
-    """x @ w, or with ``axis`` 1 x @ w.T, of float32 values that the dtypes ``kinds`` hold, if there are any.
+def _exact_for_tensor_cores(*dtypes: Any) -> tuple[Any, jax.lax.Precision]:
+    """The dtype and precision of a dot whose operands' values are of these dtypes, and are not to be rounded.
 
-    bfloat16 times bfloat16 is exact in float32. TensorFloat-32, which is a GPU's default for float32, holds both
-    16-bit types, and does not overflow where float16 would.
+    Products of two float16 or two bfloat16 are exact in float32. TensorFloat-32, which is a GPU's default for
+    float32, holds the values of both.
     """
-    precision = HIGHEST
-    if kinds and all(kind == jnp.bfloat16 for kind in kinds):
-        x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    elif kinds and all(kind in (jnp.bfloat16, jnp.float16) for kind in kinds):
-        precision = jax.lax.Precision.DEFAULT
+    names = {str(dtype) for dtype in dtypes}
+    if "float32" in names:
+        return jnp.float32, HIGHEST
+    return jnp.dtype(names.pop() if len(names) == 1 else "float32"), jax.lax.Precision.DEFAULT
+
+
+def _dot(x: jax.Array, w: jax.Array, axis: int, precision: jax.lax.Precision) -> jax.Array:
+    """x @ w, or with ``axis`` 1 x @ w.T, summed in float32."""
     return jax.lax.dot_general(
         x, w, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
@@ -191,11 +227,11 @@ def map_slices(f: Callable[..., Any], arrays: Sequence[Any], mapped: Sequence[bo
     return jax.lax.map(one, [a for a, is_in in zip(arrays, mapped, strict=True) if is_in])
 
 
-def _parts_of_k(k: int, n: int, groups: int, bits: int, part_bytes: int) -> int:
-    """At least two, and of ``part_bytes`` at most as float32, where whole blocks and groups allow it."""
+def _parts_of_k(k: int, row_bytes: int, groups: int, bits: int, part_bytes: int) -> int:
+    """At least two, and of ``part_bytes`` at most when a row is dense, where whole blocks and groups allow it."""
     block = layout(bits).block_k
     unit = block if groups == 1 else math.lcm(block, k // groups)
     if k % unit or k == 0:
         return 1
-    units, wanted = k // unit, max(2, -(-4 * k * n // part_bytes))
+    units, wanted = k // unit, max(2, -(-k * row_bytes // part_bytes))
     return next((parts for parts in range(wanted, units) if units % parts == 0), units)

@@ -7,10 +7,12 @@ import itertools
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jax_trirun
-from jax_trirun.testing import MatmulProblem, assert_close, matmul_float64
+from jax_trirun import _ffi
+from jax_trirun.testing import MatmulProblem, assert_close, matmul_float64, weight_float64
 
 # (M, K, N, group_size): each kernel of csrc/cuda/plan.h, K and N that fill their last tile and that do
 # not, K split over blocks, one n-block and many.
@@ -38,6 +40,8 @@ GEMM_SHAPES = (
     (200, 2048, 2056, 64),
     (300, 2048, 3080, 128),
 )
+# Weights that are made dense: rows of whole vectors and not, one thread block along N and several.
+DENSE_SHAPES = ((256, 64, 128), (160, 1000, 32), (77, 45, -1), (65, 1031, -1))
 TYPES = (("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32"))
 
 
@@ -57,6 +61,17 @@ def check(problem: MatmulProblem, mode: str, out_dtype: str | None) -> None:
         y,
         matmul_float64(problem.x(), problem.codes(), problem.scales(), problem.zeros(), out_dtype=out_dtype),
     )
+
+
+def check_dense(problem: MatmulProblem, dtype: str) -> None:
+    _, qt = on_gpu(problem)
+    zeros = np.zeros((0, problem.n), qt.scales.dtype) if qt.zeros is None else qt.zeros
+    call = jax.ffi.ffi_call(
+        _ffi.DEQUANTIZE_TARGET, jax.ShapeDtypeStruct((problem.k, problem.n), jnp.dtype(dtype))
+    )
+    w = np.asarray(jax.jit(call)(qt.words, qt.scales, zeros)).astype(np.float64)
+    want = weight_float64(problem.codes(), problem.scales(), problem.zeros())
+    np.testing.assert_allclose(w, want, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-7)
 
 
 def replay_a_graph() -> None:
@@ -90,8 +105,13 @@ def main() -> int:
         (x_dtype, scale_dtype), _, out_dtype = next(kinds)
         check(MatmulProblem(*shape, x_dtype, scale_dtype, zeros), "cuda-portable", out_dtype)
         done += 1
+    dtypes = ("float16", "bfloat16", "float32")
+    for (k, n, group_size), dtype, zeros in itertools.product(DENSE_SHAPES, dtypes, (False, True)):
+        (_, scale_dtype), _, _ = next(kinds)
+        check_dense(MatmulProblem(1, k, n, group_size, "float32", scale_dtype, zeros), dtype)
+        done += 1
     replay_a_graph()
-    print(f"{done} products and one graph")
+    print(f"{done} products and dense weights, and one graph")
     return 0
 
 

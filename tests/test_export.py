@@ -124,8 +124,12 @@ def test_without_the_exemption_the_message_says_what_to_pass():
 def test_exempts_every_target_of_the_package():
     checks = jax_trirun.export_disabled_checks()
     targets = [c.is_custom_call() for c in checks]
-    assert targets == ["jax_trirun_matmul_v1", "jax_trirun_pack_v1", "jax_trirun_unpack_v1"]
-    assert set(_ffi.cpu_module.ffi_handlers()) == set(targets)
+    names = ("matmul", "dequantize", "pack", "unpack")
+    assert targets == [f"jax_trirun_{name}_v1" for name in names]
+    on_cuda = _ffi.cpu_module.missing_cuda_handlers()
+    assert set(_ffi.cpu_module.ffi_handlers()) | set(on_cuda) == set(targets)
+    if "cuda" in _ffi.BACKENDS:
+        assert set(_ffi.BACKENDS["cuda"].module.ffi_handlers()) == set(on_cuda)
 
 
 def test_auto_axes_in_an_export_gather_with_a_warning():
@@ -208,7 +212,7 @@ def test_compiled_programs_are_found_by_other_processes(tmp_path, run_python):
 
 def test_a_program_without_its_cuda_module_says_so():
     """The handler that stands in for the module's, under another name on the CPU."""
-    (handler,) = _ffi.cpu_module.missing_cuda_handlers().values()
+    handler = _ffi.cpu_module.missing_cuda_handlers()[_ffi.DEQUANTIZE_TARGET]
     jax.ffi.register_ffi_target("jax_trirun_test_missing", handler, platform="cpu")
     call = jax.ffi.ffi_call("jax_trirun_test_missing", jax.ShapeDtypeStruct((2,), np.float32))
     message = "installed without its CUDA module; reinstall it where nvcc is found"

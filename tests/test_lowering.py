@@ -23,6 +23,7 @@ def lowered(m, dtype, zeros=False, platform="cuda", f=jax_trirun.matmul, scales=
     return g.trace(p.x(), qt).lower(lowering_platforms=(platform,)).as_text()
 
 CALL = "stablehlo.custom_call @jax_trirun_matmul_v1"
+DEQUANTIZE = "stablehlo.custom_call @jax_trirun_dequantize_v1"
 """
 
 
@@ -48,10 +49,14 @@ def test_cuda_leaves_to_the_reference_what_it_does_not_cover(run_python):
         _STAND_IN
         + """
 assert CALL in lowered(64, "float16")
-for case in (lowered(65, "float16"), lowered(5, "float32"), lowered(5, "float16", backend="reference")):
-    assert CALL not in case and "dot_general" in case
-transposed = lowered(5, "float16", f=lambda x, qt: jax.grad(lambda x: jax_trirun.matmul(x, qt).sum())(x))
-assert CALL not in transposed and "dot_general" in transposed
+def gradient(x, qt, **options):
+    return jax.grad(lambda x: jax_trirun.matmul(x, qt, **options).sum())(x)
+
+for case in (lowered(65, "float16"), lowered(5, "float32"), lowered(5, "float16", f=gradient)):
+    assert CALL not in case and DEQUANTIZE in case and "dot_general" in case
+for case in (lowered(5, "float16", backend="reference"), lowered(5, "float16", f=gradient, backend="reference")):
+    assert CALL not in case and DEQUANTIZE not in case and "dot_general" in case
+assert DEQUANTIZE not in lowered(5, "float16", f=gradient, platform="cpu")
 assert "HIGHEST" in lowered(5, "float32"), "float32 must not become TF32"
 """
     )
@@ -72,14 +77,54 @@ def gradient(of, dtype, **options):
 for of in ("x", "scales"):
     (dot,) = gradient(of, "bfloat16")
     assert dot.count("xbf16>") == 2 and "xf32>" in dot, dot  # bfloat16 operands, a float32 sum
-    (dot,) = gradient(of, "float16")
-    assert "HIGHEST" not in dot and "xf16>" not in dot, dot  # TensorFloat-32
+    *rest, dot = gradient(of, "float16")
+    assert dot.count("xf16>") == 2 and "xf32>" in dot, dot
+    for dot in rest:  # TensorFloat-32, for weights that float16 does not hold
+        assert of == "x" and "HIGHEST" not in dot and "xf16>" not in dot, dot
     (dot,) = gradient(of, "float32")
     assert "HIGHEST" in dot, dot
     (dot,) = gradient(of, "bfloat16", platform="cpu")
     assert "HIGHEST" in dot and "xbf16>" not in dot, dot
 for case in (gradient("x", "bfloat16", scales="float32"), gradient("x", "bfloat16", zeros=True)):
     assert "HIGHEST" in case[0], case
+"""
+    )
+
+
+def test_a_kernel_makes_weights_dense_in_what_holds_them(run_python):
+    run_python(
+        _STAND_IN
+        + """
+def gradient(x, qt):
+    return jax.grad(lambda x: jax_trirun.matmul(x, qt).astype("float32").sum())(x)
+
+def calls(*args, f=gradient, **options):
+    return [line.split("->")[1] for line in lowered(*args, f=f, **options).splitlines() if DEQUANTIZE in line]
+
+assert [c.strip() for c in calls(5, "bfloat16")] == ["tensor<128x64xbf16>"]  # half of K at a time
+assert [c.strip() for c in calls(5, "float16")] == ["tensor<128x64xf32>", "tensor<128x64xf16>"]
+for case in (calls(5, "float16", zeros=True), calls(5, "float16", scales="bfloat16"), calls(5, "float32")):
+    assert [c.strip() for c in case] == ["tensor<128x64xf32>"], case
+assert [c.strip() for c in calls(65, "bfloat16", f=jax_trirun.matmul)] == ["tensor<256x64xbf16>"]
+
+def wide_zeros(x, qt):
+    return gradient(x, jax_trirun.QuantTensor(qt.words, qt.scales, qt.zeros.astype("float32"), shape=qt.shape,
+                                              group_size=qt.group_size))
+
+(call,) = [line for line in lowered(5, "float16", zeros=True, f=wide_zeros).splitlines() if DEQUANTIZE in line]
+assert call.count("tensor<1x64xf32>") == 2, call
+
+from jax import export
+x, qt = jnp.ones((4, 256), "bfloat16"), MatmulProblem(4, 256, 64, 128, "bfloat16", "bfloat16").quant_tensor()
+(m,) = export.symbolic_shape("m")
+for checks in ((), jax_trirun.export_disabled_checks()):
+    try:
+        export.export(jax.jit(gradient), platforms=("cpu", "cuda", "tpu"), disabled_checks=checks)(
+            jax.ShapeDtypeStruct((m, 256), x.dtype), qt)
+    except ValueError as error:
+        assert not checks and "jax_trirun.export_disabled_checks()" in str(error), error
+    else:
+        assert checks
 """
     )
 

@@ -1,7 +1,6 @@
 """The contract of every back end: each element within its float64 bound, on every kind of input."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_trirun
-from jax_trirun.reference import matmul_reference
 from jax_trirun.testing import (
-    ERROR_FACTOR,
     MatmulProblem,
-    Reference,
     assert_close,
     check_problem,
     matmul_float64,
-    weight_float64,
 )
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -336,24 +331,3 @@ def test_the_bound_catches_a_sum_in_float16():
         for k in range(4096):
             total += x[:, k : k + 1] * w[k : k + 1]
         assert_close(total, matmul_float64(x, codes, problem.scales()))
-
-
-@pytest.mark.parametrize(
-    "dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("float16", "bfloat16")]
-)
-@pytest.mark.parametrize("transpose", [False, True])
-def test_the_reference_for_tensor_cores(dtypes, transpose):
-    """Operands in 16 bits, as CUDA has it: on a CPU the same operands, on a GPU its tensor cores."""
-    problem = MatmulProblem(9, 1024, 136, 64, *dtypes, x_mean=1.0)
-    qt, w = problem.quant_tensor(), weight_float64(problem.codes(), problem.scales())
-    x = problem.x()
-    if transpose:
-        x, w = np.random.default_rng(5).normal(size=(9, 136)).astype(x.dtype), w.T
-    multiply = partial(
-        matmul_reference, k=1024, out_dtype="float32", transpose=transpose, bits=2, tensor_cores=True
-    )
-    y = jax.jit(multiply)(x, qt.words, qt.scales, None)
-    x = x.astype(np.float64)
-    eps = float(np.finfo(np.float32).eps)
-    bound = eps * np.abs(x @ w) + ERROR_FACTOR * eps * (np.abs(x) @ np.abs(w))
-    assert_close(y, Reference(x @ w, bound))

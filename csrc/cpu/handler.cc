@@ -267,7 +267,9 @@ nb::dict ffi_handlers() {
 
 nb::dict missing_cuda_handlers() {
   nb::dict d;
-  d["jax_trirun_matmul_v1"] = capsule(missing_cuda_handler);
+  for (const char* target : {"jax_trirun_matmul_v1", "jax_trirun_dequantize_v1"}) {
+    d[target] = capsule(missing_cuda_handler);
+  }
   return d;
 }
 

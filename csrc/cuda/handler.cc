@@ -1,8 +1,8 @@
-// The CUDA back end as XLA and Python see it: the FFI handler, and which products have a kernel.
+// The CUDA back end as XLA and Python see it: the FFI handlers, and which products have a kernel.
 //
-// The handler checks every size again. Python has done so with better words; here it is for safety, as a
-// custom call can also come out of an exported file. It allocates nothing and waits for nothing, so XLA
-// may capture it in a CUDA graph; it runs again whenever buffers have moved.
+// The handlers check every size again. Python has done so with better words; here it is for safety, as a
+// custom call can also come out of an exported file. They allocate nothing and wait for nothing, so XLA
+// may capture them in a CUDA graph; they run again whenever buffers have moved.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "../ffi_checks.h"
+#include "dequantize_weight.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -28,17 +29,25 @@ namespace {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// "" or what is wrong with the address of an array that is not empty.
-std::string alignment_error(const char* name, const ffi::AnyBuffer& buffer) {
+// "" or what is wrong with the address of an array that is not empty. `where` begins the sentence.
+std::string alignment_error(const std::string& where, const char* name, const ffi::AnyBuffer& buffer) {
   if (buffer.element_count() == 0 || is_aligned(buffer.untyped_data())) return "";
-  return std::string("matmul: ") + name + " must be aligned to 16 bytes, got an address " +
+  return where + ": " + name + " must be aligned to 16 bytes, got an address " +
          std::to_string(reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16) +
          " bytes past one that is";
 }
 
+// "" or what is wrong with the zeros of a weight that read_weight has read.
+template <typename Args>
+std::string zeros_error(const std::string& where, const Args& args, const ffi::AnyBuffer& zeros) {
+  if (args.zeros == nullptr || float_type(zeros) == args.scale_type) return "";
+  return where + ": zeros must be of the scales' type " + name_of(args.scale_type) + ", got " +
+         name_of(*float_type(zeros));
+}
+
 // ---- matmul -------------------------------------------------------------------------------------
 
-// How often XLA ran the handler. A captured graph replays without it: tests see by this that it is captured.
+// How often XLA ran this handler. A captured graph replays without it: tests see by this that it is captured.
 std::atomic<int64_t> handler_runs{0};
 
 // x [M, K], words [K / kBlockK, N / kBlockN, 128], scales [groups, N], zeros [groups, N] of the scales'
@@ -53,14 +62,13 @@ ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer wor
     return ffi::Error::InvalidArgument(e);
   }
   const Problem& p = args.problem;
+  const std::string where = "matmul";
   for (const std::string& e :
-       {alignment_error("x", x), alignment_error("words", words), alignment_error("scales", scales),
-        alignment_error("zeros", zeros), alignment_error("y", *y), alignment_error("scratch", *scratch)}) {
+       {alignment_error(where, "x", x), alignment_error(where, "words", words),
+        alignment_error(where, "scales", scales), alignment_error(where, "zeros", zeros),
+        alignment_error(where, "y", *y), alignment_error(where, "scratch", *scratch),
+        zeros_error(where, args, zeros)}) {
     if (!e.empty()) return ffi::Error::InvalidArgument(e);
-  }
-  if (args.zeros != nullptr && float_type(zeros) != args.scale_type) {
-    return ffi::Error::InvalidArgument(std::string("matmul: zeros must be of the scales' type ") +
-                                       name_of(args.scale_type) + ", got " + name_of(*float_type(zeros)));
   }
   args.portable = portable != 0;
   args.scratch = scratch->untyped_data();
@@ -89,6 +97,45 @@ XLA_FFI_DEFINE_HANDLER(matmul_handler, matmul_impl,
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Attr<int64_t>("portable"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+// ---- dequantize ---------------------------------------------------------------------------------
+
+// words [K / kBlockK, N / kBlockN, 128], scales [groups, N], zeros [groups, N] of the scales' type, or [0, N] when
+// the zero point is Layout<2>::kZeroPoint -> w [K, N] in any of the three types.
+ffi::Error dequantize_impl(cudaStream_t stream, ffi::AnyBuffer words, ffi::AnyBuffer scales,
+                           ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> w) {
+  const std::string where = "dequantize";
+  if (w->dimensions().size() != 2 || scales.dimensions().size() != 2) {
+    return ffi::Error::InvalidArgument("dequantize: w must be [K, N] and scales [groups, N], got " +
+                                       shape_of(w->dimensions()) + " and " + shape_of(scales.dimensions()));
+  }
+  DequantizeArgs args;
+  Problem& p = args.problem;
+  p.k = w->dimensions()[0];
+  p.groups = scales.dimensions()[0];
+  p.n = scales.dimensions()[1];
+  if (std::string e = p.weight_error(where); !e.empty()) return ffi::Error::InvalidArgument(e);
+  for (const std::string& e :
+       {read_weight(where, args, words, scales, zeros), operand_error(where, "w", *w, {p.k, p.n}),
+        alignment_error(where, "words", words), alignment_error(where, "scales", scales),
+        alignment_error(where, "zeros", zeros), alignment_error(where, "w", *w),
+        zeros_error(where, args, zeros)}) {
+    if (!e.empty()) return ffi::Error::InvalidArgument(e);
+  }
+  args.w = w->untyped_data();
+  args.w_type = *float_type(*w);
+  if (std::string e = dequantize_weight(args, stream); !e.empty()) return ffi::Error::Internal(e);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER(dequantize_handler, dequantize_impl,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 // ---- Python -------------------------------------------------------------------------------------
@@ -164,10 +211,15 @@ int64_t scratch_bytes_by_name(int64_t m, int64_t n, int64_t k, int64_t groups, c
   return scratch_bytes(problem_of(m, n, k, groups), dtype_of(x_dtype), portable);
 }
 
+template <typename Handler>
+nb::capsule capsule(Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
+}
+
 nb::dict ffi_handlers() {
   nb::dict d;
-  d["jax_trirun_matmul_v1"] =
-      nb::capsule(reinterpret_cast<void*>(matmul_handler), "xla._CUSTOM_CALL_TARGET");
+  d["jax_trirun_matmul_v1"] = capsule(matmul_handler);
+  d["jax_trirun_dequantize_v1"] = capsule(dequantize_handler);
   return d;
 }
 
@@ -176,7 +228,7 @@ nb::dict ffi_handlers() {
 
 NB_MODULE(_cuda, m) {
   using namespace jax_trirun::cuda;
-  m.doc() = "The CUDA back end of jax_trirun: the FFI handler, and which products have a kernel.";
+  m.doc() = "The CUDA back end of jax_trirun: the FFI handlers, and which products have a kernel.";
   m.def("ffi_handlers", &ffi_handlers, "FFI target name -> handler.");
   m.def(
       "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
@@ -193,7 +245,8 @@ NB_MODULE(_cuda, m) {
         "to read.");
   m.def(
       "handler_runs", [] { return handler_runs.load(); },
-      "How often XLA ran the FFI handler in this process; replays of a captured graph do not count.");
+      "How often XLA ran the FFI handler of matmul in this process; replays of a captured graph do not "
+      "count.");
   m.def("scratch_bytes", &scratch_bytes_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
         nb::arg("groups"), nb::arg("x_dtype"), nb::arg("portable"),
         "Bytes of the call's second result, which the kernels use while they run.");

@@ -318,10 +318,17 @@ def measure(
 
 
 def implementation(case: Case) -> str:
-    """What the case's function was lowered to: "kernel", the FFI call; or "XLA", plain operations."""
+    """What the case's function was lowered to.
+
+    "kernel", the FFI call; "XLA", plain operations; or "kernel and XLA", a plain dot of a weight that an FFI call has
+    made dense.
+    """
     from .. import _ffi
 
-    return "kernel" if _ffi.MATMUL_TARGET in case.step.lower(case.x, case.weights[:1]).as_text() else "XLA"
+    text = case.step.lower(case.x, case.weights[:1]).as_text()
+    if _ffi.MATMUL_TARGET in text:
+        return "kernel"
+    return "kernel and XLA" if _ffi.DEQUANTIZE_TARGET in text else "XLA"
 
 
 # ---- What is printed --------------------------------------------------------------------------------
