@@ -33,7 +33,7 @@ def weight_of(codes, scales, zeros, dtype):
     """W as NumPy computes it in float32, rounded once."""
     by_row = np.arange(len(codes)) // (len(codes) // len(scales))
     zero = 1.0 if zeros is None else np.asarray(zeros, np.float32)[by_row]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         w = (codes.astype(np.float32) - zero) * np.asarray(scales, np.float32)[by_row]
         return w.astype(jnp.dtype(dtype))
 
