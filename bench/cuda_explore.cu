@@ -1,12 +1,11 @@
 // Times the decode kernel under every launch shape: variants (arithmetic, warps, ring stages) x splits of K,
-// float16 and groups of 128. csrc/cuda/plan.h chooses by what comes out. Each row stands beside the two
-// things it is judged against, timed in the same run: a kernel that only reads the same bytes, and cuBLAS
-// float16. All in captured graphs, over rotating weights that exceed the cache. Every result is checked
-// against a float64 product first.
+// float16 and groups of 128. csrc/cuda/plan.h chooses by what comes out. Each row stands beside a kernel that only reads
+// the same bytes, timed in the same run; all in captured graphs, over rotating weights that exceed the cache. Every
+// result is checked against a float64 product first. (cuda_matmul.cu has cuBLAS beside what the library chooses.)
 //
 //     nvcc -std=c++17 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a \
-//       -o /tmp/cuda_explore bench/cuda_explore.cu -ldl
-//     LD_LIBRARY_PATH=<where libcublas.so.13 is> /tmp/cuda_explore full > bench/results/<name>.csv
+//       -o /tmp/cuda_explore bench/cuda_explore.cu
+//     /tmp/cuda_explore full > bench/results/<name>.csv
 //
 // Without "full" only the best five rows of every size; with "K,N,M,variant,ranks" that one launch, for a
 // profiler.
@@ -21,7 +20,6 @@
 #include <vector>
 
 #include "../csrc/cuda/decode.cuh"
-#include "cuda_cublas.cuh"
 #include "cuda_timing.cuh"
 
 using namespace jax_trirun;
@@ -57,28 +55,27 @@ int main(int argc, char** argv) {
   const int sms = prop.multiProcessorCount;
   std::printf("# %s, %d SMs\n", prop.name, sms);
   std::vector<Variant> variants = {
-      make<SliceMath, 1, 16, 4, 1>("s1w16s4b1"), make<SliceMath, 2, 16, 4, 1>("s2w16s4b1"),
+      make<SliceMath, 1, 16, 6, 1>("s1w16s6b1"), make<SliceMath, 2, 16, 4, 1>("s2w16s4b1"),
       make<FloatMath, 1, 16, 3, 1>("f1w16s3b1"), make<FloatMath, 2, 12, 3, 1>("f2w12s3b1"),
-      // Not compiled into the library: two smaller blocks a multiprocessor, more warps.
-      make<SliceMath, 1, 8, 4, 2>("s1w8s4b2"), make<FloatMath, 1, 8, 4, 2>("f1w8s4b2"),
-      make<FloatMath, 1, 20, 3, 1>("f1w20s3b1"), make<FloatMath, 2, 8, 3, 2>("f2w8s3b2")};
-
-  const Cublas cublas;
+      // Not compiled into the library: other rings, more warps, two smaller blocks a multiprocessor.
+      make<SliceMath, 1, 16, 4, 1>("s1w16s4b1"), make<SliceMath, 1, 16, 8, 1>("s1w16s8b1"),
+      make<SliceMath, 2, 16, 5, 1>("s2w16s5b1"), make<FloatMath, 1, 16, 4, 1>("f1w16s4b1"),
+      make<FloatMath, 1, 20, 3, 1>("f1w20s3b1"), make<FloatMath, 1, 8, 4, 2>("f1w8s4b2")};
+  std::printf("k,n,m,variant,ranks,slots,us,read_floor_us,time_over_floor,worst_c\n");
 
   struct Shape {
     int k, n;
   };
-  std::vector<Shape> shapes = {{4096, 4096},  {4096, 6144},  {8192, 8192}, {4096, 28672},
-                               {14336, 4096}, {28672, 8192}, {8192, 57344}};
+  std::vector<Shape> shapes = {
+      {1024, 4096},  {2048, 2048},  {2048, 8192},  {3072, 24576}, {3584, 4608},  {4096, 1024},
+      {4096, 4096},  {4096, 6144},  {4096, 12288}, {4096, 14336}, {4096, 28672}, {5120, 5120},
+      {5120, 13824}, {7168, 8192},  {8192, 1024},  {8192, 2048},  {8192, 8192},  {8192, 14336},
+      {8192, 28672}, {8192, 57344}, {14336, 4096}, {14336, 8192}, {28672, 2048}, {28672, 8192}};
   const int group = 128;
   Rotation weights = {};
   const size_t pool_bytes = (size_t)1 << 30;
   CHECK(cudaMalloc(&weights.pool, pool_bytes));
   fill_random<<<1024, 256>>>((uint32_t*)weights.pool, pool_bytes / 4, 1);
-  char* dense;  // for cuBLAS: finite values, about normal
-  const size_t dense_bytes = (size_t)2 << 30;
-  CHECK(cudaMalloc(&dense, dense_bytes));
-  fill_normal<<<1024, 256>>>((__half*)dense, dense_bytes / 2, 3, 0.02f);
   __half *x, *scales, *y;
   CHECK(cudaMalloc(&x, 32 * 28672 * 2));
   fill_normal<<<256, 256>>>(x, 32 * 28672, 7, 1.f);
@@ -95,8 +92,7 @@ int main(int argc, char** argv) {
     weights.set_scales(scales);
     const int launches = Rotation::launches_of(weights.copies());
     const float floor_us = read_floor_us(weights, (uint32_t*)y);
-    for (int m : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}) {
-      const float cublas_us = cublas.available() ? cublas.time_us(x, dense, y, m, n, k, 0) : 0;
+    for (int m : {1, 2, 3, 4, 6, 8, 12, 16}) {
       const Sample sample = Sample::of(x, weights.copy(0), weights.scales(0), m, n, k, group);
       struct Row {
         float us;
@@ -144,9 +140,8 @@ int main(int argc, char** argv) {
             const double worst = sample.worst(y);
             const float us = graph_time_us(launches, launch);
             char text[256];
-            std::snprintf(text, sizeof text, "%d,%d,%d,%s,%d,%d,%.2f,%.2f,%.3f,%.2f,%.2f,%.1f", k, n, m,
-                          v.name, ranks, slots, us, floor_us, us / floor_us, cublas_us, cublas_us / us,
-                          worst);
+            std::snprintf(text, sizeof text, "%d,%d,%d,%s,%d,%d,%.2f,%.2f,%.3f,%.1f", k, n, m, v.name,
+                          ranks, slots, us, floor_us, us / floor_us, worst);
             rows.push_back({us, text});
           }
         }

@@ -100,7 +100,7 @@ SHARES = [
     (300, 2048, 3080, "", False, "128 tokens x 128 features, 0 of them cut"),
     (90, 1536, 72, "", False, "128 tokens x 128 features, 1 of them cut"),
     (520, 2048, 136, "", False, "128 tokens x 128 features, a cluster of 8"),
-    (129, 7680, 1160, "", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
+    (129, 3584, 3208, "", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
     (150, 7424, 3592, "", False, "; then, for the last 22 rows, wgmma"),
     (321, 1024, 12296, "float32", False, "; then, for the last 1 rows, mma.sync"),
 ]

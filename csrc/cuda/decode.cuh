@@ -395,7 +395,6 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 #endif
   };
   int x_run_shift = 0;
-  int x_run = -1;
   if constexpr (kBulk) x_run_shift = Math::run_shift(slice);
 
   // It is asked for before the words, which are many and would be in its way.
@@ -438,10 +437,14 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     for (int slot = 0; slot == 0 || (slot == 1 && count > 0); ++slot) {
       const int end = min(unit + count, rank_real_units);
       math.begin(unit);
+      int x_until = 0;  // the units before it have their x
       for (; unit < end; ++unit) {
         if constexpr (kBulk) {
-          if (const int run = unit / Math::kPieceUnits >> x_run_shift; run != x_run)
-            wait_for_x(x_run = run);
+          if (unit >= x_until) {
+            const int run = unit / Math::kPieceUnits >> x_run_shift;
+            wait_for_x(run);
+            x_until = (run + 1) * Math::kPieceUnits << x_run_shift;
+          }
         }
         wait_for_copies<kStages - 2>();
         __syncwarp();

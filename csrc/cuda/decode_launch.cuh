@@ -28,7 +28,13 @@ struct DecodeInstance {
   };
   using Math = typename MathOf<kIsSlices>::Type;
   static_assert(Math::kTokens == kShape.tokens, "plan.h knows the kernels");
-  using Smem = DecodeSmem<Math, 2, kShape.warps, kShape.stages, kHasZeros, sizeof(S)>;
+  // Fewer stages where scales and zeros make them large.
+  static constexpr int kStages = [] {
+    using OfOne = DecodeSmem<Math, 2, kShape.warps, 1, kHasZeros, sizeof(S)>;
+    constexpr int kMostRingBytes = 112 * 1024;
+    return std::min(kShape.stages, std::max(4, kMostRingBytes / OfOne::kRingBytes));
+  }();
+  using Smem = DecodeSmem<Math, 2, kShape.warps, kStages, kHasZeros, sizeof(S)>;
   static constexpr int kBlocksPerSm = kShape.cluster ? 1 : 2;
 
   static std::string launch(const DecodeLaunch& launch, DecodeArgs args) {
@@ -37,7 +43,7 @@ struct DecodeInstance {
     const DecodePlan plan = plan_decode(launch.problem, kernel, launch.sms, launch.shared_memory, bytes_of);
     if (plan.ranks == 0) return kDoesNotFit;
     const int bytes = bytes_of(plan.units_per_rank);
-    const auto function = decode_kernel<Math, 2, T, S, kGroupSize, kHasZeros, kShape.warps, kShape.stages,
+    const auto function = decode_kernel<Math, 2, T, S, kGroupSize, kHasZeros, kShape.warps, kStages,
                                         kShape.cluster, kBlocksPerSm>;
     cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return describe("cudaFuncSetAttribute", error);

@@ -203,11 +203,16 @@ struct FloatMath {
   const XSlice slice;
   const int lane;
   uint32_t x_row[kColumnTiles];
+  uint32_t x_step[kColumnTiles];  // to the next unit
   float total[L::kTiles][kColumnTiles][4];
   float group_sum[L::kTiles][kColumnTiles][4];
 
   __device__ FloatMath(const char* shared, const XSlice& slice)
-      : shared(shared), slice(slice), lane(threadIdx.x % 32) {}
+      : shared(shared), slice(slice), lane(threadIdx.x % 32) {
+#pragma unroll
+    for (int m = 0; m < kColumnTiles; ++m)
+      x_step[m] = opaque(m * kMmaColumns + lane % 8 < slice.rows ? kUnitK * 2 : 0);
+  }
 
   __device__ __forceinline__ void begin(int unit) {
     const int row_bytes = stride(slice.stored_units);
@@ -312,9 +317,7 @@ struct FloatMath {
       }
     }
 #pragma unroll
-    for (int m = 0; m < kColumnTiles; ++m) {
-      if (m * kMmaColumns + lane % 8 < slice.rows) x_row[m] += kUnitK * 2;
-    }
+    for (int m = 0; m < kColumnTiles; ++m) x_row[m] += x_step[m];
   }
 
   // write(token, sums of features 4g .. 4g + 3) for every token this lane answers for.

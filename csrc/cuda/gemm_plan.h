@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "plan.h"
 
 namespace jax_trirun::cuda {
 
@@ -64,9 +65,6 @@ inline constexpr int kMaxGemmGrid = 132;
 // Two parts a thread block at most: the end of a tile, then the start of another.
 inline constexpr int kMaxGemmParts = 2 * kMaxGemmGrid;
 
-// The largest cluster that every sm_90 GPU runs.
-inline constexpr int kMaxRanks = 8;
-
 // Tiles and units of K are counted in int.
 inline constexpr int64_t kMaxGemmTokens = 1 << 20;
 
@@ -89,14 +87,6 @@ struct GemmPlan {
   int tiles() const { return m_tiles * n_tiles; }
   int cut_tiles() const { return ranks > 1 ? 0 : tiles() - whole_tiles; }
 };
-
-// Clusters of so many thread blocks that run at the same time, as cudaOccupancyMaxActiveClusters counts them on an
-// H200 (132 multiprocessors in GPCs of 16 and 18, of which a cluster cannot cross the border). Only a guess where the
-// multiprocessors are not 132: results do not depend on it.
-inline int clusters_at_once(int ranks, int sms) {
-  constexpr int kOfH200[kMaxRanks] = {132, 66, 39, 30, 22, 17, 15, 15};
-  return std::max(1, kOfH200[ranks - 1] * sms / 132);
-}
 
 // Every thread block makes whole tiles, round by round. Those of the last, incomplete round are cut if that
 // gains more than writing and adding up the parts costs. Or each tile has a cluster.
@@ -171,12 +161,6 @@ inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool z
   return best;
 }
 
-// What the decode kernels take, that begin after `start`: 1.2 to 2.4 times as long as the words take to arrive, at 2,100
-// bytes a clock.
-inline int64_t decode_clocks(const Problem& problem, int64_t rows, int64_t start) {
-  return start + problem.words<2>() * 4 * (120 + 7 * rows) / 210000;
-}
-
 // Rows of x in the first of two launches, or all `m` of them, whichever takes the fewest clocks: `in_one` all of them
 // together, clocks(rows) so many of them, and the second launch `launch` more.
 template <typename Clocks>
@@ -199,7 +183,7 @@ inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros
     Problem some = problem;
     some.m = rows;
     const int64_t of_gemm = choose_gemm(some, all_of_x_type, zeros, sms).plan.clocks;
-    return rows <= 16 ? std::min(of_gemm, decode_clocks(problem, rows, 5000)) : of_gemm;
+    return rows <= 16 ? std::min(of_gemm, decode_clocks(some, sms)) : of_gemm;
   };
   // Whole tiles draw more power, and take up to a fifth longer than their clocks say.
   constexpr int64_t kLaunch = 1500;  // another one

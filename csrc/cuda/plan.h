@@ -28,7 +28,7 @@ struct DecodeShape {
 
 constexpr DecodeShape shape_of(DecodeKernel kernel) {
   switch (kernel) {
-    case DecodeKernel::kSlices1: return {2, 16, 4, true};
+    case DecodeKernel::kSlices1: return {2, 16, 6, true};
     case DecodeKernel::kSlices2: return {4, 16, 4, true};
     case DecodeKernel::kFloat1: return {8, 16, 3, true};
     case DecodeKernel::kFloat2: return {16, 12, 3, true};
@@ -50,8 +50,7 @@ struct DecodePlan {
   int units_per_rank = 0;
 };
 
-// Whether every multiprocessor has several n-blocks of its own (4096 x 28672 and wider, on 132 of them). Else the
-// blocks of a cluster share n-blocks: each needs less of x, which is worth adding their sums.
+// Whether every multiprocessor has several n-blocks of its own (4096 x 14336 and wider, on 132 of them).
 inline bool is_wide(const Problem& problem, int sms) { return problem.n_blocks<2>() >= 3 * sms; }
 
 // The kernel for M tokens of an N x K problem on a GPU with `sms` multiprocessors.
@@ -63,37 +62,86 @@ inline DecodeKernel choose_decode_kernel(const Problem& problem, int sms, bool p
   return problem.m <= 8 ? DecodeKernel::kFloat1 : DecodeKernel::kFloat2;
 }
 
-// The smallest split of K (a power of two for clusters) whose slice of x fits `shared_memory`, as
-// `bytes_of(units)` counts it, and that gives every multiprocessor something to do.
+// Clusters of so many thread blocks that run at the same time, as cudaOccupancyMaxActiveClusters counts them on an
+// H200 (132 multiprocessors in GPCs of 16 and 18, of which a cluster cannot cross the border). Only a guess where the
+// multiprocessors are not 132: results do not depend on it.
+inline constexpr int kMaxRanks = 8;  // the largest cluster that every sm_90 GPU runs
+inline int clusters_at_once(int ranks, int sms) {
+  constexpr int kOfH200[kMaxRanks] = {132, 66, 39, 30, 22, 17, 15, 15};
+  return std::max(1, kOfH200[ranks - 1] * sms / 132);
+}
+
+// Clocks that a launch of a kernel with clusters takes on an H200: a sum of these, fitted to 24 shapes of layers
+// (bench/results/cuda_decode_*.csv; the fastest split is chosen, or one that is 0.4 % slower on average).
+struct DecodeCosts {
+  int start;     // and end
+  int cluster;   // to add up the sums of a cluster ..
+  int of_eight;  // .. and more for one of eight
+  int unit;      // of 128 x 32 weights, on a quarter of a multiprocessor
+  int x;         // 128 values of a token that a thread block brings (and cuts into digits)
+  int line;      // to begin again with the next n-blocks
+  int item;      // sums of a token and an n-block
+};
+constexpr DecodeCosts costs_of(DecodeKernel kernel) {
+  switch (kernel) {
+    case DecodeKernel::kSlices1: return {5500, 1600, 400, 234, 29, 3900, 21};
+    case DecodeKernel::kSlices2: return {7000, 1600, 480, 263, 30, 3500, 39};
+    case DecodeKernel::kFloat1: return {5400, 1200, 150, 365, 9, 2600, 28};
+    case DecodeKernel::kFloat2: return {5000, 900, 400, 480, 12, 1100, 31};
+    default: return {};
+  }
+}
+
+inline int64_t clocks_of_split(const Problem& problem, DecodeKernel kernel, int ranks, int sms) {
+  const DecodeCosts costs = costs_of(kernel);
+  const DecodeShape shape = shape_of(kernel);
+  const int64_t tokens = std::min<int64_t>(problem.m, shape.tokens);
+  const int64_t units = ceil_div(ceil_div(problem.k, 128), ranks);
+  const int64_t n_blocks = problem.n_blocks<2>();
+  const int64_t most = ceil_div(n_blocks, std::min<int64_t>(n_blocks, clusters_at_once(ranks, sms)));
+  const int64_t lines = ceil_div(most, shape.warps), at_once = ceil_div(most, lines);
+  int64_t of_warp = 0;  // units
+  for (int64_t left = most; left > 0; left -= at_once)
+    of_warp += ceil_div(std::min(left, at_once) * units, shape.warps);
+  return costs.start + (ranks > 1 ? costs.cluster : 0) + (ranks > 4 ? costs.of_eight : 0) +
+         of_warp * (shape.warps / 4) * costs.unit + tokens * units * costs.x + (lines - 1) * costs.line +
+         tokens * most * costs.item;
+}
+
+// Whether each of `ranks` thread blocks has some of the units.
+inline bool all_have_work(int units, int ranks) {
+  return ranks == 1 || ceil_div(units, ranks) * (ranks - 1) < units;
+}
+
+// Clocks of the kernel and the split that are chosen where shared memory is no limit.
+inline int64_t decode_clocks(const Problem& problem, int sms) {
+  const DecodeKernel kernel = choose_decode_kernel(problem, sms, /*portable=*/false);
+  const int units = static_cast<int>(ceil_div(problem.k, 128));
+  int64_t best = clocks_of_split(problem, kernel, 1, sms);
+  for (int ranks = 2; ranks <= kMaxRanks; ranks *= 2) {
+    if (all_have_work(units, ranks)) best = std::min(best, clocks_of_split(problem, kernel, ranks, sms));
+  }
+  return best;
+}
+
+// A split of K whose slice of x fits `shared_memory`, as `bytes_of(units)` counts it: the fastest one into a cluster (a
+// power of two), or the smallest one where each part of K is written by itself.
 template <typename BytesOf>
 DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int shared_memory,
                        const BytesOf& bytes_of) {
   const int units = static_cast<int>(std::max<int64_t>(1, ceil_div(problem.k, 128)));
   const bool cluster = shape_of(kernel).cluster;
-  for (int ranks = 1; ranks <= (cluster ? 8 : units); ranks = cluster ? ranks * 2 : ranks + 1) {
+  DecodePlan best = {kernel, 0, 0};
+  int64_t best_clocks = 0;
+  for (int ranks = 1; ranks <= (cluster ? kMaxRanks : units); ranks = cluster ? ranks * 2 : ranks + 1) {
     const int units_per_rank = static_cast<int>(ceil_div(units, ranks));
-    if (units_per_rank * (ranks - 1) >= units && ranks > 1) continue;  // a rank without work
-    if (bytes_of(units_per_rank) > shared_memory) continue;
-    if (cluster && ranks < 8 && !is_wide(problem, sms)) {
-      const int64_t x_units = units_per_rank * problem.m;
-      if (kernel == DecodeKernel::kSlices1 || kernel == DecodeKernel::kSlices2) {
-        // Digits take long to cut.
-        if (x_units > (ranks < 4 ? 64 : 128)) continue;
-      } else if (ranks == 1 && units >= 2) {
-        // 16-bit floats are only copied; but shares of n-blocks should be even.
-        const bool even = ceil_div(problem.n_blocks<2>(), sms) * sms * 8 <= problem.n_blocks<2>() * 9;
-        if (x_units > 256 || !even) continue;
-      }
-      // Clusters of four leave some multiprocessors out (30 run on 132), and share few n-blocks unevenly.
-      const bool into_eight = ceil_div(units, 8) * 7 < units;
-      if (ranks == 4 && problem.n_blocks<2>() < sms && into_eight) continue;
-    }
-    // Too few n-blocks for the multiprocessors: split K further, while a warp keeps a unit of its own.
-    const bool idle = cluster && problem.n_blocks<2>() * ranks * 2 <= sms + sms / 8;
-    if (idle && ranks < 8 && units_per_rank >= 2 * shape_of(kernel).warps) continue;
-    return {kernel, ranks, units_per_rank};
+    if (!all_have_work(units, ranks) || bytes_of(units_per_rank) > shared_memory) continue;
+    if (!cluster) return {kernel, ranks, units_per_rank};
+    const int64_t clocks = clocks_of_split(problem, kernel, ranks, sms);
+    if (best.ranks == 0 || clocks < best_clocks)
+      best = {kernel, ranks, units_per_rank}, best_clocks = clocks;
   }
-  return {kernel, 0, 0};
+  return best;
 }
 
 }  // namespace jax_trirun::cuda
