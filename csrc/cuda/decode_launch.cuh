@@ -87,20 +87,23 @@ struct DecodeInstance {
   }
 };
 
+template <DecodeKernel kernel, typename T, typename S, int kGroupSize>
+std::string launch_for_zeros(const DecodeLaunch& launch, const DecodeArgs& args) {
+  return args.zeros != nullptr ? DecodeInstance<kernel, T, S, kGroupSize, true>::launch(launch, args)
+                               : DecodeInstance<kernel, T, S, kGroupSize, false>::launch(launch, args);
+}
+
 template <DecodeKernel kernel, typename T, typename S>
 std::string launch_for_groups(const DecodeLaunch& launch, const DecodeArgs& args) {
-  const bool zeros = args.zeros != nullptr;
-  switch (launch.problem.groups == 1 ? kUnitK : launch.problem.group_size()) {
-    case 32:
-      return zeros ? DecodeInstance<kernel, T, S, 32, true>::launch(launch, args)
-                   : DecodeInstance<kernel, T, S, 32, false>::launch(launch, args);
-    case 64:
-      return zeros ? DecodeInstance<kernel, T, S, 64, true>::launch(launch, args)
-                   : DecodeInstance<kernel, T, S, 64, false>::launch(launch, args);
-    default:  // 128, or one group, whose sums are taken 128 at a time
-      return zeros ? DecodeInstance<kernel, T, S, 128, true>::launch(launch, args)
-                   : DecodeInstance<kernel, T, S, 128, false>::launch(launch, args);
+  const int64_t group_size = launch.problem.groups == 1 ? kUnitK : launch.problem.group_size();
+  if constexpr (shape_of(kernel).smallest_group <= 32) {
+    if (group_size == 32) return launch_for_zeros<kernel, T, S, 32>(launch, args);
   }
+  if constexpr (shape_of(kernel).smallest_group <= 64) {
+    if (group_size == 64) return launch_for_zeros<kernel, T, S, 64>(launch, args);
+  }
+  // 128, or one group, whose sums are taken 128 at a time
+  return launch_for_zeros<kernel, T, S, kUnitK>(launch, args);
 }
 
 template <typename T, typename S>
