@@ -16,8 +16,8 @@ from jax.interpreters import mlir
 from . import _ffi
 from .reference import Dense
 
-# Of a weight's rows that a backward pass makes dense at once, at most. Fewer rows are a dot of fewer columns, too few
-# of which leave a GPU's tensor cores idle.
+# Of a weight's rows that a backward pass makes dense at once, at most. On an H200, half of it or twice as much takes
+# 3 % more or less time with 64 rows of 8192 x 57344, and 2 % less or as much with 4096.
 NATIVE_PART_BYTES = 512 << 20
 
 _dequantize_p = Primitive("jax_trirun_dequantize_call")

@@ -22,7 +22,9 @@
 // Measured on an H200, and dropped: digits by wgmma for three to eight tokens, the four warps of a warpgroup side by
 // side. By itself that arithmetic takes a quarter less (bench/results/cuda_arithmetic_*.csv); but 8192 x 57344 took 38.4
 // us instead of 39.7 at four tokens, smaller layers longer, and eight tokens longer everywhere: their digits leave
-// shared memory for half as many words on their way, and a block of 128 features is a coarse share.
+// shared memory for half as many words on their way, and a block of 128 features is a coarse share. And x asked for
+// by several warps, before a barrier or after the first words: within 1 %, as all blocks want it from L2 at once. The
+// conversions' constants in registers instead of instructions: 2 % slower.
 //
 // Without clusters (before sm_90) the thread blocks that share an n-block write one part of the result
 // each, in float32, and add_parts adds them up.
