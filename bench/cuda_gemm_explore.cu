@@ -52,7 +52,7 @@ Variant make(const char* name, int least, int most, int unit_clocks) {
 template <GemmKernel kernel>
 Variant make(const char* name, int least, int most) {
   constexpr GemmShape kShape = shape_of(kernel);
-  return make<kShape.tokens, kShape.warpgroups, kShape.warp_tiles, kShape.tokens == 128 ? 0 : kGroup,
+  return make<kShape.tokens, kShape.warpgroups, kShape.warp_tiles, kShape.on_weights ? 0 : kGroup,
               kShape.stages>(name, least, most, kShape.unit_clocks);
 }
 
@@ -78,6 +78,8 @@ int main(int argc, char** argv) {
       make<GemmKernel::kSums32Narrow>("sums32narrow", 17, 32),
       make<GemmKernel::kSums64>("sums64", 33, 64),
       make<GemmKernel::kSums64Narrow>("sums64narrow", 33, 64),
+      make<GemmKernel::kWeights96>("weights96", 65, 16384),
+      make<GemmKernel::kWeights96Narrow>("weights96narrow", 65, 16384),
       make<GemmKernel::kWeights128>("weights128", 65, 16384),
       make<GemmKernel::kWeights128Narrow>("weights128narrow", 65, 16384),
 #endif

@@ -29,7 +29,7 @@ SHAPES = (
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
 LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 4096, 12704, -1))
-# Rows enough for the kernels for many tokens; whole tiles, and tiles that several blocks share; the last three are
+# Rows enough for the kernels for many tokens; whole tiles, and tiles that several blocks share; the last four are
 # enough for a thread block to go round its ring.
 GEMM_SHAPES = (
     (20, 1024, 392, 32),
@@ -38,6 +38,7 @@ GEMM_SHAPES = (
     (70, 200, 104, -1),
     (20, 2048, 12296, 128),
     (200, 2048, 2056, 64),
+    (250, 2048, 3080, 128),
     (300, 2048, 3080, 128),
 )
 # Weights that are made dense: rows of whole vectors and not, one thread block along N and several.

@@ -2,7 +2,7 @@
 every GPU (csrc/cuda/portable_gemm.cuh).
 
 Which of them runs follows from the sizes and the types (gemm_plan.h and portable_gemm_plan.h there). Hopper's: scales
-on the sums of 16, 32 or 64 tokens, the same with zeros for 48, scales on the weights for 128; tiles of 256 or 384
+on the sums of 16, 32 or 64 tokens, the same with zeros for 48, scales on the weights for 96 or 128; tiles of 256 or 384
 features or, for small layers, 128. The portable ones: scales on the sums of 16, 32 or 64 tokens, the same with zeros
 for 32 or 64, scales on the weights for 128; tiles of 128 features or, for the last, 256.
 """
@@ -49,7 +49,32 @@ def check(problem, mode, **options):
     return check_problem(problem, backend=mode, **options)
 
 
-ROWS = (9, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 128, 129, 255, 256, 257, 300, 1000)
+ROWS = (
+    9,
+    16,
+    17,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    95,
+    96,
+    97,
+    127,
+    128,
+    129,
+    192,
+    255,
+    256,
+    257,
+    300,
+    1000,
+)
 
 
 @both_modes
@@ -94,14 +119,19 @@ SHARES = [
     (520, 1024, 3080, "", True, "48 tokens x 256 features, 11 of them cut"),
     (20, 1536, 72, "", True, "48 tokens x 256 features, 1 of them cut"),
     (200, 768, 72, "", True, "48 tokens x 256 features, a cluster of 6"),
-    (300, 2048, 8200, "", False, "128 tokens x 256 features, 0 of them cut"),
-    (300, 6144, 4104, "", False, "128 tokens x 256 features, 51 of them cut"),
-    (380, 2048, 12296, "", False, "128 tokens x 256 features, 15 of them cut"),
-    (300, 2048, 3080, "", False, "128 tokens x 128 features, 0 of them cut"),
-    (90, 1536, 72, "", False, "128 tokens x 128 features, 1 of them cut"),
-    (520, 2048, 136, "", False, "128 tokens x 128 features, a cluster of 8"),
-    (129, 3584, 3208, "", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
-    (150, 7424, 3592, "", False, "; then, for the last 22 rows, wgmma"),
+    (129, 256, 8776, "", False, "96 tokens x 256 features, 0 of them cut"),
+    (70, 2048, 36936, "", False, "96 tokens x 256 features, 13 of them cut"),
+    (70, 256, 72, "", False, "96 tokens x 128 features, 0 of them cut"),
+    (70, 1536, 72, "", False, "96 tokens x 128 features, 1 of them cut"),
+    (100, 2048, 584, "", False, "96 tokens x 128 features, a cluster of 8"),
+    (193, 256, 11336, "", False, "128 tokens x 256 features, 0 of them cut"),
+    (220, 8192, 6216, "", False, "128 tokens x 256 features, 50 of them cut"),
+    (193, 2048, 18504, "", False, "128 tokens x 256 features, 14 of them cut"),
+    (193, 256, 5704, "", False, "128 tokens x 128 features, 0 of them cut"),
+    (193, 4096, 712, "", False, "128 tokens x 128 features, 12 of them cut"),
+    (193, 4096, 840, "", False, "128 tokens x 128 features, a cluster of 8"),
+    (129, 2048, 10312, "", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
+    (150, 2048, 36936, "", False, "; then, for the last 22 rows, wgmma"),
     (321, 1024, 12296, "float32", False, "; then, for the last 1 rows, mma.sync"),
 ]
 

@@ -175,6 +175,10 @@ std::string launch_gemm_of(const MatmulArgs& args, int sms, cudaStream_t stream)
       return launch_gemm_for_groups<GemmKernel::kSums64Narrow, T>(args, plan, stream);
     case GemmKernel::kZeros48:
       return launch_gemm_for_groups<GemmKernel::kZeros48, T, true>(args, plan, stream);
+    case GemmKernel::kWeights96:
+      return launch_gemm_instance<GemmKernel::kWeights96, T, 0, false>(args, plan, stream);
+    case GemmKernel::kWeights96Narrow:
+      return launch_gemm_instance<GemmKernel::kWeights96Narrow, T, 0, false>(args, plan, stream);
     case GemmKernel::kWeights128:
       return launch_gemm_instance<GemmKernel::kWeights128, T, 0, false>(args, plan, stream);
     case GemmKernel::kWeights128Narrow:

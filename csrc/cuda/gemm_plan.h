@@ -19,21 +19,25 @@ enum class GemmKernel {
   kSums32Narrow,
   kSums64,  // 64 tokens
   kSums64Narrow,
-  kZeros48,     // the same with zeros, whose registers leave room for 48 tokens
-  kWeights128,  // scales on the weights, 128 tokens
+  kZeros48,    // the same with zeros, whose registers leave room for 48 tokens
+  kWeights96,  // scales on the weights, 96 tokens
+  kWeights96Narrow,
+  kWeights128,  // 128 tokens
   kWeights128Narrow,
 };
 
 inline constexpr GemmKernel kGemmKernels[] = {GemmKernel::kSums16,       GemmKernel::kSums32,
                                               GemmKernel::kSums32Narrow, GemmKernel::kSums64,
                                               GemmKernel::kSums64Narrow, GemmKernel::kZeros48,
+                                              GemmKernel::kWeights96,    GemmKernel::kWeights96Narrow,
                                               GemmKernel::kWeights128,   GemmKernel::kWeights128Narrow};
 
 struct GemmShape {
   int tokens, warpgroups;
   int warp_tiles;  // of 16 features for each warp: 2, or 1 for narrow tiles
   int stages;
-  int unit_clocks;  // that a unit of K takes, measured on an H200
+  int unit_clocks;          // that a unit of K takes, measured on an H200
+  bool on_weights = false;  // scales, else on the sums of groups
   int features() const { return warpgroups * 4 * 16 * warp_tiles; }
   int64_t tile_bytes() const { return int64_t{4} * tokens * features(); }  // of its float32 sums
 };
@@ -46,8 +50,10 @@ constexpr GemmShape shape_of(GemmKernel kernel) {
     case GemmKernel::kSums64: return {64, 2, 2, 8, 1620};
     case GemmKernel::kSums64Narrow: return {64, 2, 1, 8, 1100};
     case GemmKernel::kZeros48: return {48, 2, 2, 7, 2000};
-    case GemmKernel::kWeights128: return {128, 2, 2, 5, 2130};
-    case GemmKernel::kWeights128Narrow: return {128, 2, 1, 6, 1250};
+    case GemmKernel::kWeights96: return {96, 2, 2, 6, 1830, true};
+    case GemmKernel::kWeights96Narrow: return {96, 2, 1, 7, 1050, true};
+    case GemmKernel::kWeights128: return {128, 2, 2, 5, 2130, true};
+    case GemmKernel::kWeights128Narrow: return {128, 2, 1, 6, 1250, true};
   }
   return {};
 }
@@ -146,9 +152,9 @@ struct GemmChoice {
 // round towards zero. float32 results are worth the sums group by group.
 inline bool may_take(GemmKernel kernel, int64_t m, bool all_of_x_type, bool zeros) {
   if (zeros || kernel == GemmKernel::kZeros48) return zeros && kernel == GemmKernel::kZeros48;
-  const bool on_weights = kernel == GemmKernel::kWeights128 || kernel == GemmKernel::kWeights128Narrow;
-  if (m > 64) return all_of_x_type ? on_weights : shape_of(kernel).tokens == 64;
-  return !on_weights && shape_of(kernel).tokens == (m <= 16 ? 16 : m <= 32 ? 32 : 64);
+  const GemmShape shape = shape_of(kernel);
+  if (m > 64 && all_of_x_type) return shape.on_weights;
+  return !shape.on_weights && shape.tokens == (m <= 16 ? 16 : m <= 32 ? 32 : 64);
 }
 
 inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
@@ -166,7 +172,7 @@ inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool z
 template <typename Clocks>
 int64_t cheapest_first_rows(int64_t m, int64_t in_one, int64_t launch, const Clocks& clocks) {
   int64_t best = m, best_clocks = in_one;
-  for (int64_t tile : {128, 64}) {
+  for (int64_t tile : {128, 96, 64}) {
     const int64_t rest = m % tile;
     if (rest == 0 || rest == m || rest > 64) continue;
     const int64_t in_two = clocks(m - rest) + clocks(rest) + launch;
