@@ -75,8 +75,8 @@ inline int clusters_at_once(int ranks, int sms) {
   return std::max(1, kOfH200[ranks - 1] * sms / 132);
 }
 
-// Clocks that a launch of a kernel with clusters takes on an H200: a sum of these, fitted to 24 shapes of layers
-// (bench/results/cuda_decode_*.csv; the fastest split is chosen, or one that is 0.4 % slower on average).
+// What the clocks that a launch with clusters takes on an H200 are the sum of, fitted to 24 shapes of layers
+// (bench/results/cuda_decode_*.csv): the fastest split is chosen, or one that is 0.4 % slower on average.
 struct DecodeCosts {
   int start;     // and end
   int cluster;   // to add up the sums of a cluster ..
@@ -96,6 +96,7 @@ constexpr DecodeCosts costs_of(DecodeKernel kernel) {
   }
 }
 
+// Clocks of a launch that splits K into `ranks`.
 inline int64_t clocks_of_split(const Problem& problem, DecodeKernel kernel, int ranks, int sms) {
   const DecodeCosts costs = costs_of(kernel);
   const DecodeShape shape = shape_of(kernel);
