@@ -15,6 +15,7 @@ Shapes: B sequences, T new tokens, S slots of the cache, H heads, D = head_dim.
     model = Llama(LlamaConfig(...), rngs=nnx.Rngs(0))
     logits = model(tokens)                        # [B, T, vocab]
 
+    model.fuse_projections()                      # packed q, k and v as one layer, gate and up as one
     decoder = Decoder(model, max_length=512)      # compiled prefill and decode step
     logits, cache = decoder.prefill(tokens)       # [B, vocab], of the last token
     logits, cache = decoder.step(next_token, cache)
@@ -40,6 +41,7 @@ import numpy as np
 from flax import nnx
 
 from .partitioning import MeshRules, place, sharding_of
+from .quant_dense import QuantDense, why_apart
 
 __all__ = [
     "SHARDING_RULES",
@@ -218,6 +220,17 @@ def _linear(rules: MeshRules, fan_in: int, fan_out: int, *names: str, **kinds: A
     return nnx.Linear(fan_in, fan_out, use_bias=False, kernel_metadata=rules.metadata(*names), **kinds)
 
 
+def _fuse(module: nnx.Module, fused: str, names: Sequence[str]) -> bool:
+    """Puts one layer, `fused`, in the place of those named, if they are packed and fit beside each other."""
+    layers = [getattr(module, name) for name in names]
+    if not all(isinstance(layer, QuantDense) for layer in layers) or why_apart(layers):
+        return False
+    setattr(module, fused, QuantDense.concatenate(layers))
+    for name in names:
+        setattr(module, name, nnx.data(None))
+    return True
+
+
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs, rules: MeshRules):
         linear = functools.partial(_linear, rules, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -228,13 +241,17 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden_size, kv_width, "embed", "kv_heads")
         self.v_proj = linear(config.hidden_size, kv_width, "embed", "kv_heads")
         self.o_proj = linear(q_width, config.hidden_size, "heads", "embed")
+        self.qkv_proj = nnx.data(None)  # in the place of q_proj, k_proj and v_proj, once they are fused
+        self.qkv_ends = (q_width, q_width + kv_width)
 
     def __call__(self, x, angles, positions, layer_cache=None):
         """x [B, T, hidden] -> ([B, T, hidden], the layer's keys and values)."""
+        if self.qkv_proj is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            q, k, v = jnp.split(self.qkv_proj(x), self.qkv_ends, axis=-1)
         split = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).reshape(split), angles)
-        k = rotate(self.k_proj(x).reshape(split), angles)
-        v = self.v_proj(x).reshape(split)
+        q, k, v = rotate(q.reshape(split), angles), rotate(k.reshape(split), angles), v.reshape(split)
         if layer_cache is not None:
             k, v = (
                 jax.vmap(_store)(old, positions, new) for old, new in zip(layer_cache, (k, v), strict=True)
@@ -249,9 +266,14 @@ class MLP(nnx.Module):
         self.gate_proj = linear(config.hidden_size, config.intermediate_size, "embed", "mlp")
         self.up_proj = linear(config.hidden_size, config.intermediate_size, "embed", "mlp")
         self.down_proj = linear(config.intermediate_size, config.hidden_size, "mlp", "embed")
+        self.gate_up_proj = nnx.data(None)  # in the place of gate_proj and up_proj, once they are fused
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 def _norm(rules: MeshRules, config: LlamaConfig, **kinds: Any) -> nnx.RMSNorm:
@@ -313,6 +335,8 @@ class Llama(nnx.Module):
 
     Module paths: embed, layers.<i>.self_attn.{q,k,v,o}_proj, layers.<i>.mlp.{gate,up,down}_proj,
     layers.<i>.{input_norm,mlp_norm}, norm and, when the embedding is not tied, lm_head.
+
+    `fuse_projections` puts some of these together.
 
     Set the attribute `remat` to True for training in less memory: the backward pass then computes each
     block again, from its input, instead of keeping what is inside.
@@ -441,6 +465,27 @@ class Llama(nnx.Module):
         """hidden [..., hidden_size] -> float32 scores of the next token [..., vocab_size]."""
         scores = self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
         return scores.astype(jnp.float32)
+
+    def fuse_projections(self) -> tuple[str, ...]:
+        """Puts layers of the same input together, for decoding: q, k and v; gate and up. In place.
+
+        A decode step takes as long as its products, and one wide product less time than several narrow ones. Only
+        packed layers are put together, if they are of one kind (group size, dtypes, backend) and have no low-rank
+        term, and on a mesh none, where each is cut in its own way. Checkpoints and `add_lora` know the layers
+        apart only: fuse last.
+
+        Returns:
+          The paths of the new layers: layers.<i>.self_attn.qkv_proj, layers.<i>.mlp.gate_up_proj.
+        """
+        if self.rules.mesh is not None:
+            return ()
+        fused = []
+        for i, block in enumerate(self.layers):
+            if _fuse(block.self_attn, "qkv_proj", ("q_proj", "k_proj", "v_proj")):
+                fused.append(f"layers.{i}.self_attn.qkv_proj")
+            if _fuse(block.mlp, "gate_up_proj", ("gate_proj", "up_proj")):
+                fused.append(f"layers.{i}.mlp.gate_up_proj")
+        return tuple(fused)
 
     def logits_sharding(self, rows: Sequence[int]):
         """That of logits [*rows, vocab] on the model's mesh; None without one."""

@@ -1,6 +1,6 @@
 """QuantDense for Flax nnx: nnx.Linear with a packed, frozen weight."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 import jax_trirun
 from jax_trirun import QuantTensor
+from jax_trirun.layout import layout
 
 from .partitioning import metadata_of, metadata_of_parts, put_as_named
 
@@ -163,6 +164,36 @@ class QuantDense(nnx.Module):
             k, n, use_bias=bias is not None, bias_init=lambda *_: bias, weight=weight, rngs=None, **options
         )
 
+    @classmethod
+    def concatenate(cls, layers: Sequence["QuantDense"]) -> "QuantDense":
+        """One layer whose outputs are those of several, side by side, over the same inputs.
+
+        One product with a wide weight takes less time than several with narrow ones. The layers are left as they
+        are; shardings of theirs do not carry over.
+
+        Raises:
+            ValueError: they differ in what a layer has once, one has a low-rank term, or one but the last has an
+                out_features that ends inside a block of the packed layout.
+        """
+        if why := why_apart(layers):
+            raise ValueError(f"QuantDense.concatenate: {why}")
+        first, weights = layers[0], [layer.weight for layer in layers]
+
+        def beside(arrays: Sequence[Any], axis: int) -> jax.Array | None:
+            return None if arrays[0] is None else jnp.concatenate(arrays, axis)
+
+        weight = QuantTensor(
+            beside([w.words for w in weights], -2),
+            beside([w.scales for w in weights], -1),
+            beside([w.zeros for w in weights], -1),
+            shape=(first.in_features, sum(layer.out_features for layer in layers)),
+            group_size=first.group_size,
+            bits=first.bits,
+        )
+        bias = beside([None if layer.bias is None else layer.bias[...] for layer in layers], -1)
+        options = {name: getattr(first, name) for name in _OPTIONS}
+        return cls.from_weight(weight, bias, **options)
+
     @property
     def weight(self) -> QuantTensor:
         """The packed weight."""
@@ -192,3 +223,35 @@ class QuantDense(nnx.Module):
         if self.lora is not None:
             y += self.lora(inputs).astype(y.dtype)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+_OPTIONS = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type", "backend")
+
+
+def why_apart(layers: Sequence[QuantDense]) -> str:
+    """ "" or why ``QuantDense.concatenate`` does not take these layers."""
+    if not layers:
+        return "there must be one layer at least"
+
+    def kind(layer: QuantDense) -> dict[str, Any]:
+        kind = {
+            name: getattr(layer, name)
+            for name in ("in_features", "group_size", "bits", "use_bias", *_OPTIONS)
+        }
+        kind["dtype of scales"] = layer.scales.dtype
+        kind["dtype of zeros"] = None if layer.zeros is None else layer.zeros.dtype
+        return kind
+
+    first = kind(layers[0])
+    for layer in layers:
+        if layer.lora is not None:
+            return (
+                "a layer has a low-rank term, of its own outputs only; take it off (layer.lora = None) first"
+            )
+        for name, value in kind(layer).items():
+            if value != first[name]:
+                return f"the layers must agree in {name}, got {first[name]} and {value}"
+    block = layout(layers[0].bits).block_n
+    if ragged := [layer.out_features for layer in layers[:-1] if layer.out_features % block]:
+        return f"out_features must be multiples of {block} (but the last), got {ragged[0]}"
+    return ""

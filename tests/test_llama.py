@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_layers import QuantDense, add_lora, quantize_module
 from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, compile_losses, sample
 
 SMALL = LlamaConfig(
@@ -71,7 +72,7 @@ def float64_weights(model):
         return {
             "input_norm": get(block.input_norm.scale),
             "mlp_norm": get(block.mlp_norm.scale),
-            **{name: get(m.kernel) for name, m in linears.items() if name.endswith("_proj")},
+            **{name: get(m.kernel) for name, m in linears.items() if isinstance(m, nnx.Linear)},
         }
 
     weights = {
@@ -199,6 +200,60 @@ def test_the_decode_step_updates_the_cache_in_place():
     _, cache = decoder.step(np.asarray([4], np.int32), cache)
     assert [a.unsafe_buffer_pointer() for a in (*cache.keys, *cache.values)] == before
     assert old.is_deleted()
+
+
+def quantized_model(config=SMALL, **options):
+    model = random_model(config)
+    quantize_module(model, **{"group_size": 32, **options})
+    return model
+
+
+FUSED = [f"layers.{i}.{name}" for i in range(3) for name in ("self_attn.qkv_proj", "mlp.gate_up_proj")]
+
+
+def test_fused_projections_compute_the_same():
+    apart, fused = quantized_model(), quantized_model()
+    words = [a.words[...] for a in (fused.layers[1].mlp.gate_proj, fused.layers[1].mlp.up_proj)]
+    assert list(fused.fuse_projections()) == FUSED
+    assert fused.fuse_projections() == ()  # they are by now
+    np.testing.assert_array_equal(fused.layers[1].mlp.gate_up_proj.words[...], np.concatenate(words, 1))
+
+    tokens = jnp.asarray(tokens_of(SMALL, 11))[None]
+    wanted = run(apart, tokens)
+    np.testing.assert_allclose(run(fused, tokens), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    generated = [list(Decoder(m, max_length=16).generate([5, 3], max_new_tokens=9)) for m in (apart, fused)]
+    assert generated[0] == generated[1]
+
+
+def test_fused_projections_take_no_more_memory():
+    def bytes_of(model):
+        return sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))
+
+    model = quantized_model()
+    before = bytes_of(model)
+    model.fuse_projections()
+    assert bytes_of(model) == before
+
+
+def test_only_projections_that_fit_are_fused():
+    assert random_model(SMALL).fuse_projections() == ()  # not packed
+
+    of_the_mlp = quantized_model(include=["mlp"])
+    assert list(of_the_mlp.fuse_projections()) == FUSED[1::2]
+    assert isinstance(of_the_mlp.layers[0].self_attn.q_proj, nnx.Linear)
+
+    with_terms = quantized_model()
+    add_lora(with_terms, rank=2, where=r"0\.self_attn\.q_proj", rngs=nnx.Rngs(0))
+    assert list(with_terms.fuse_projections()) == FUSED[1:]
+
+    ragged = dataclasses.replace(SMALL, head_dim=10)  # 40 columns of q end inside a block
+    assert list(quantized_model(ragged, group_size=-1).fuse_projections()) == FUSED[1::2]
+
+    mesh = jax.make_mesh((1,), ("tensor",))
+    on_mesh = Llama.from_weights(SMALL, random_weights(SMALL), mesh=mesh)
+    quantize_module(on_mesh, group_size=32)
+    assert on_mesh.fuse_projections() == ()
+    assert isinstance(on_mesh.layers[0].self_attn.q_proj, QuantDense)
 
 
 def test_a_whole_cache_can_be_used():

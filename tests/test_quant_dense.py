@@ -162,6 +162,52 @@ def test_weight_with_zeros_and_four_bits():
     assert np.linalg.norm(fine(X) - layer(X)) < 0.15 * np.linalg.norm(layer(X))
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_layers_side_by_side(use_bias, bits):
+    options = dict(use_bias=use_bias, group_size=32, bits=bits, bias_init=nnx.initializers.normal())
+    layers = [QuantDense(64, n, rngs=nnx.Rngs(n), **options) for n in (96, 32, 40)]
+    together = QuantDense.concatenate(layers)
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    wanted = jnp.concatenate([layer(x) for layer in layers], -1)
+    np.testing.assert_allclose(together(x), wanted, rtol=1e-5, atol=1e-5)
+    assert together.out_features == 168 and together.dtype == layers[0].dtype
+
+    @nnx.vmap
+    def stacked(key):
+        return QuantDense(64, 32, rngs=nnx.Rngs(key), **options)
+
+    pair = [stacked(jax.random.split(jax.random.key(seed), 4)) for seed in (1, 2)]
+    both = nnx.vmap(lambda layer: layer(x))(QuantDense.concatenate(pair))
+    wanted = jnp.concatenate([nnx.vmap(lambda layer: layer(x))(layer) for layer in pair], -1)
+    np.testing.assert_allclose(both, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_do_not_fit_beside_each_other():
+    def layer(k=64, n=32, **options):
+        return QuantDense(k, n, rngs=nnx.Rngs(0), **{"group_size": 32, **options})
+
+    zeros = jax_trirun.quantize(np.eye(64, 32), group_size=32, method="hqq")
+    with_term = layer()
+    flax_layers.add_lora(with_term, rank=2, rngs=nnx.Rngs(0))
+    for others, message in [
+        ([layer(), layer(k=128)], "must agree in in_features, got 64 and 128"),
+        ([layer(), layer(group_size=64)], "must agree in group_size, got 32 and 64"),
+        ([layer(), layer(use_bias=False)], "must agree in use_bias, got True and False"),
+        ([layer(), layer(dtype=jnp.bfloat16)], "must agree in dtype, got None and"),
+        ([layer(), layer(backend="reference")], "must agree in backend, got None and reference"),
+        (
+            [layer(use_bias=False), QuantDense.from_weight(zeros)],
+            "must agree in dtype of zeros, got None and",
+        ),
+        ([layer(n=40), layer()], r"out_features must be multiples of 32 \(but the last\), got 40"),
+        ([layer(), with_term], "a layer has a low-rank term"),
+        ([], "there must be one layer at least"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            QuantDense.concatenate(others)
+
+
 def test_output_sharding_is_followed():
     mesh = jax.make_mesh((1,), ("data",))
     quant = QuantDense.from_linear(linear(), group_size=G)

@@ -77,6 +77,7 @@ def _stream(lm: shared.LanguageModel, prompt: list[int], arguments: argparse.Nam
     """Prints the answer as it comes, then the speed of prefill and of decoding, compilation apart."""
     from flax_layers.llama import Decoder
 
+    lm.decoder.fuse_projections()
     decoder = Decoder(lm.decoder, max_length=len(prompt) + arguments.max_new_tokens)
     started = time.perf_counter()
     # Two tokens compile all there is: the second needs the decode step.
