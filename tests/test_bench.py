@@ -128,6 +128,25 @@ def test_several_devices_beside_one(tmp_path, run_python):
     assert len(printed.splitlines()) == 5  # a head, and a line for each number of devices and of rows
 
 
+def test_a_decoder_dense_packed_and_fused(tmp_path, run_python):
+    """bench/decode_step.py: its rows, and that packed weights are a sixteenth of float32 ones and their scales."""
+    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    sizes = "--sizes tiny --group-size 32 --batch 1,2 --steps 1".split()
+    path = tmp_path / "rows.csv"
+    run_python(program, BENCH / "decode_step.py", *sizes, "--output", path, JAX_PLATFORMS="cpu")
+    rows = rows_of(path)
+    names = ["dense", "packed", "fused"]
+    assert [(row["batch"], row["model"]) for row in rows] == [
+        (batch, name) for batch in "12" for name in names
+    ]
+    weights = 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 128)
+    megabytes = {
+        name: round(bits * weights / 8e6, 1) for name, bits in (("dense", 32), ("packed", 3), ("fused", 3))
+    }
+    for row in rows:
+        assert float(row["ms_per_step"]) > 0 and float(row["linear_mb"]) == megabytes[row["model"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
