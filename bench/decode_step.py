@@ -12,6 +12,7 @@ blocks.
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import statistics
 import sys
@@ -79,26 +80,24 @@ class Timed:
             raise AssertionError(f"{name} ended in infinities or NaN")
 
 
-def models(config: LlamaConfig, dtype: str, group_size: int) -> Iterator[tuple[str, Llama]]:
+def models(config: LlamaConfig, dtype: str, group_size: int) -> dict[str, Llama]:
     model = Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    yield "dense", nnx.clone(model)
+    dense = nnx.clone(model)
     quantize_module(model, group_size=group_size, method="rtn", progress=False)
-    yield "packed", nnx.clone(model)
+    packed = nnx.clone(model)
     if not model.fuse_projections():
         raise AssertionError("no projections were fused")
-    yield "fused", model
+    return {"dense": dense, "packed": packed, "fused": model}
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config = SIZES[options.sizes]
     if options.layers:
-        config = LlamaConfig(**{**vars(config), "num_layers": options.layers})
+        config = dataclasses.replace(config, num_layers=options.layers)
     length = 4 + TURNS * options.steps
+    by_name = models(config, options.dtype, options.group_size)
     for batch in options.batch:
-        timed = {
-            name: Timed(model, batch, length)
-            for name, model in models(config, options.dtype, options.group_size)
-        }
+        timed = {name: Timed(model, batch, length) for name, model in by_name.items()}
         times: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(TURNS):
             for name, one in timed.items():

@@ -24,6 +24,9 @@ inline const char* name_of(DType type) {
 
 JAX_TRIRUN_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rows of W that share a scale, at least.
+inline constexpr int kSmallestGroup = 32;
+
 struct Problem {
   int64_t m = 0;       // rows of x: tokens
   int64_t n = 0;       // columns of W: output features

@@ -28,10 +28,10 @@ def _variable(value: Any, metadata: Mapping[str, Any]) -> QuantParam:
     return QuantParam(put_as_named(value, metadata), **metadata)
 
 
-def options_of(linear: nnx.Linear | nnx.LinearGeneral) -> dict[str, Any]:
-    """The constructor's options that a layer of Flax's has by the same names."""
+def options_of(layer: "nnx.Linear | nnx.LinearGeneral | QuantDense") -> dict[str, Any]:
+    """The constructor's options that a layer of Flax's has by the same names, and ours too."""
     names = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type")
-    return {name: getattr(linear, name) for name in names}
+    return {name: getattr(layer, name) for name in names}
 
 
 class QuantDense(nnx.Module):
@@ -191,8 +191,7 @@ class QuantDense(nnx.Module):
             bits=first.bits,
         )
         bias = beside([None if layer.bias is None else layer.bias[...] for layer in layers], -1)
-        options = {name: getattr(first, name) for name in _OPTIONS}
-        return cls.from_weight(weight, bias, **options)
+        return cls.from_weight(weight, bias, **options_of(first), backend=first.backend)
 
     @property
     def weight(self) -> QuantTensor:
@@ -225,19 +224,15 @@ class QuantDense(nnx.Module):
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
-_OPTIONS = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type", "backend")
-
-
 def why_apart(layers: Sequence[QuantDense]) -> str:
     """ "" or why ``QuantDense.concatenate`` does not take these layers."""
     if not layers:
         return "there must be one layer at least"
 
     def kind(layer: QuantDense) -> dict[str, Any]:
-        kind = {
-            name: getattr(layer, name)
-            for name in ("in_features", "group_size", "bits", "use_bias", *_OPTIONS)
-        }
+        names = ("in_features", "group_size", "bits", "use_bias")
+        kind = {name: getattr(layer, name) for name in names}
+        kind |= options_of(layer) | {"backend": layer.backend}
         kind["dtype of scales"] = layer.scales.dtype
         kind["dtype of zeros"] = None if layer.zeros is None else layer.zeros.dtype
         return kind

@@ -1,7 +1,7 @@
 """Back ends as a fixture, eight CPU devices, and how far hypothesis looks.
 
 Every test that takes ``backend`` runs once for "reference" and for each back end that is installed and
-has a device; those on a GPU carry the marker ``gpu``.
+has a device; those on a GPU carry the marker ``gpu``, and whatever carries it is skipped without one.
 """
 
 import json
@@ -35,6 +35,14 @@ def pytest_generate_tests(metafunc):
 def _param(name):
     on_gpu = name in _ffi.BACKENDS and _ffi.BACKENDS[name].platform == "cuda"
     return pytest.param(name, marks=[pytest.mark.gpu] if on_gpu else [])
+
+
+def pytest_collection_modifyitems(items):
+    if "cuda" in _ffi.usable_backends():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and the CUDA module (_cuda)"))
 
 
 @pytest.fixture

@@ -102,16 +102,15 @@ def test_the_best_back_end_is_the_default():
 
 BENCH = pathlib.Path(__file__).parents[1] / "bench"
 _MULTI = BENCH / "multi_gpu.py"
+# Runs the script that is its first argument, with the rest as the script's own.
+_RUN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def test_several_devices_beside_one(tmp_path, run_python):
     """bench/multi_gpu.py, on CPUs: its rows, and that its programs keep their numbers finite."""
-    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     sizes = "--k 256 --n 256 --devices 1,2 --m 1,3 --layers 2 --calls 2".split()
     path = tmp_path / "rows.csv"
-    printed = run_python(
-        program, _MULTI, *sizes, "--output", path, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2"
-    )
+    printed = run_python(_RUN, _MULTI, *sizes, "--output", path, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2")
     rows = rows_of(path)
     names = ["columns", "rows", "matmuls", "block"]
     cases = [("1", m, name) for m in "13" for name in names]
@@ -130,10 +129,9 @@ def test_several_devices_beside_one(tmp_path, run_python):
 
 def test_a_decoder_dense_packed_and_fused(tmp_path, run_python):
     """bench/decode_step.py: its rows, and that packed weights are a sixteenth of float32 ones and their scales."""
-    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     sizes = "--sizes tiny --group-size 32 --batch 1,2 --steps 1".split()
     path = tmp_path / "rows.csv"
-    run_python(program, BENCH / "decode_step.py", *sizes, "--output", path, JAX_PLATFORMS="cpu")
+    run_python(_RUN, BENCH / "decode_step.py", *sizes, "--output", path, JAX_PLATFORMS="cpu")
     rows = rows_of(path)
     names = ["dense", "packed", "fused"]
     assert [(row["batch"], row["model"]) for row in rows] == [

@@ -5,15 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from jax_trirun import _ffi
-
 pytest.importorskip("flax")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        "cuda" not in _ffi.usable_backends(), reason="needs an NVIDIA GPU and the CUDA module (_cuda)"
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 LAYERS, PRODUCTS = 4, 7  # quantised products of a layer: q, k, v, o, gate, up, down
 

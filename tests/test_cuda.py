@@ -17,12 +17,7 @@ import jax_trirun
 from jax_trirun import _ffi
 from jax_trirun.testing import MatmulProblem, Reference, assert_close, check_problem, matmul_float64
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        "cuda" not in _ffi.usable_backends(), reason="needs an NVIDIA GPU and the CUDA module (_cuda)"
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 MODES = ("cuda", "cuda-portable")
 HALVES = ("float16", "bfloat16")

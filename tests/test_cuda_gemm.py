@@ -26,12 +26,7 @@ def _is_hopper() -> bool:
     return str(capability).startswith("9.")
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        "cuda" not in _ffi.usable_backends(), reason="needs an NVIDIA GPU and the CUDA module (_cuda)"
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 needs_hopper = pytest.mark.skipif("not _is_hopper()", reason="needs an NVIDIA Hopper GPU")
 both_modes = pytest.mark.parametrize("mode", [pytest.param("cuda", marks=needs_hopper), "cuda-portable"])
@@ -49,32 +44,12 @@ def check(problem, mode, **options):
     return check_problem(problem, backend=mode, **options)
 
 
+# fmt: off
 ROWS = (
-    9,
-    16,
-    17,
-    31,
-    32,
-    33,
-    47,
-    48,
-    49,
-    63,
-    64,
-    65,
-    95,
-    96,
-    97,
-    127,
-    128,
-    129,
-    192,
-    255,
-    256,
-    257,
-    300,
-    1000,
+    9, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96,
+    97, 127, 128, 129, 192, 255, 256, 257, 300, 1000,
 )
+# fmt: on
 
 
 @both_modes

@@ -174,19 +174,6 @@ def test_gradient_of_scales(backend, group_size, dtype, with_zeros):
 
 # ---- The kernel that makes a weight dense ----------------------------------------------------------------
 
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        "cuda" not in _ffi.usable_backends(), reason="needs an NVIDIA GPU and the CUDA module (_cuda)"
-    ),
-]
-
-
-def gpu(test):
-    for mark in on_gpu:
-        test = mark(test)
-    return test
-
 
 def raw_call(words, scales, zeros, *, shape, dtype):
     call = jax.ffi.ffi_call(_ffi.DEQUANTIZE_TARGET, jax.ShapeDtypeStruct(shape, dtype))
@@ -199,7 +186,7 @@ def dense_by_kernel(problem, dtype):
     return raw_call(qt.words, qt.scales, zeros, shape=(problem.k, problem.n), dtype=dtype)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("with_zeros", [False, True], ids=["plain", "zeros"])
 @pytest.mark.parametrize("scale_dtype", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -223,7 +210,7 @@ def test_the_kernel_gives_the_same_bits(dtype, scale_dtype, with_zeros):
         )
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("scale", [0.0, -0.7, 2.0**-24, 2.0**-14 * 1.5, 40000.0, 65504.0, np.inf, np.nan])
 def test_the_kernel_rounds_and_overflows_as_float16_does(scale):
     codes = MatmulProblem(1, 64, 64).codes()
@@ -239,7 +226,7 @@ def test_the_kernel_rounds_and_overflows_as_float16_does(scale):
     np.testing.assert_array_equal(np.asarray(w), weight_of(codes, scales, None, "float16"))
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("k", "n"), [(8192, (1 << 18) + 136), (64 * 65536 + 64, 72), ((1 << 22) + 64, 1031)])
 def test_more_elements_and_more_blocks_than_fit_an_int_or_a_grid(k, n):
     """The last block of K differs from the others; more than 2^31 weights, more than 65535 blocks along K."""
@@ -255,7 +242,7 @@ def test_more_elements_and_more_blocks_than_fit_an_int_or_a_grid(k, n):
     assert bool(jax.jit(lambda w: jnp.all(w[:-block] == 1))(w))
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["cuda", "cuda-portable", "reference"])
 def test_gradients_take_the_kernel_unless_the_reference_was_asked_for(mode):
     problem = MatmulProblem(4, 256, 64, 128, "float16", "float16")
@@ -264,7 +251,7 @@ def test_gradients_take_the_kernel_unless_the_reference_was_asked_for(mode):
     assert (_ffi.DEQUANTIZE_TARGET in gradient.lower(x).as_text()) == (mode != "reference")
 
 
-@gpu
+@pytest.mark.gpu
 def test_what_no_kernel_takes_is_made_dense_by_one():
     problem = MatmulProblem(4, 256, 64, 128, "float32", "float16")
     x, qt = jnp.asarray(problem.x()), problem.quant_tensor()
@@ -274,7 +261,7 @@ def test_what_no_kernel_takes_is_made_dense_by_one():
     assert_close(jax_trirun.matmul(x, qt), reference)
 
 
-@gpu
+@pytest.mark.gpu
 def test_parts_of_any_size_give_the_same_gradient(monkeypatch):
     problem = MatmulProblem(40, 1024, 520, 64, "float16", "float16")
     x, qt = jnp.asarray(problem.x()), problem.quant_tensor()
@@ -312,7 +299,7 @@ WRONG = {  # what is changed of GOOD, of the result, the sentence
 }  # fmt: skip
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", WRONG)
 def test_the_handler_says_what_is_wrong(name):
     changes, result, message = WRONG[name]

@@ -4,7 +4,6 @@
 // a custom call can also come out of an exported file.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -15,10 +14,10 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "../ffi_checks.h"
+#include "../ffi_module.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -252,11 +251,6 @@ nb::dict layout(int bits) {
   throw nb::value_error(("layout: bits must be 2 or 4, got " + std::to_string(bits)).c_str());
 }
 
-template <typename Handler>
-nb::capsule capsule(Handler* handler) {
-  return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
-}
-
 nb::dict ffi_handlers() {
   nb::dict d;
   d["jax_trirun_matmul_v1"] = capsule(matmul_handler);
@@ -288,9 +282,7 @@ NB_MODULE(_cpu, m) {
   m.def("ffi_handlers", &ffi_handlers, "FFI target name -> handler.");
   m.def("missing_cuda_handlers", &missing_cuda_handlers,
         "FFI target name -> a handler that says that the CUDA module is missing.");
-  m.def(
-      "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
-      "(major, minor) of the XLA FFI headers that this module was built with.");
+  jax_trirun::def_ffi_api_version(m);
   m.def("layout", &layout, nb::arg("bits"),
         "Sizes and tables of the packed layout: k_of and n_of are int32 [words_per_block, "
         "codes_per_word]; the code of entry (w, i) sits in word w at bit i * bits.");

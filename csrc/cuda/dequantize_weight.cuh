@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../layout.h"
+#include "../problem.h"
 
 namespace jax_trirun::cuda {
 
@@ -75,7 +75,6 @@ constexpr bool lanes_are_moved_copies() {
 static_assert(internal::lanes_are_moved_copies());
 
 constexpr int kDequantizeThreads = 128;
-constexpr int kSmallestGroup = 32;  // rows of W: a thread looks for its scales once in so many
 
 // How many columns of W a thread has, and a thread block.
 template <typename T>
@@ -155,7 +154,8 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   using L = Layout<2>;
   constexpr int kColumns = kThreadColumns<T>;
   constexpr int kLanes = kColumns / LaneCodes::kColumns;
-  constexpr int kParts = L::kBlockK / kSmallestGroup;  // of a block's rows, each in one group
+  constexpr int kParts =
+      L::kBlockK / kSmallestGroup;  // of a block's rows, each in one group: of the same scales
   constexpr int kPartRows = LaneCodes::kRows / kParts;
   constexpr LaneCodes kLane = LaneCodes::make();
   static_assert(kLane.row[kPartRows - 1] < kSmallestGroup && kLane.row[kPartRows] >= kSmallestGroup);

@@ -65,9 +65,6 @@ struct GemmArgs {
   GemmWalk walk;  // how tiles are shared out
 };
 
-// K that a row of scales covers at least.
-inline constexpr int kSmallestGroup = 32;
-
 // A tile of y: kWarpTiles 16-row tiles of features for each consumer warp, so one n-block or half of it.
 template <int kTokens_, int kWarpgroups, int kWarpTiles>
 struct TileLayout {

@@ -128,8 +128,7 @@ inline GemmPlan plan_gemm(const Problem& problem, const GemmShape& shape, int sm
 
   for (int ranks = 2; ranks <= kMaxRanks; ++ranks) {
     const int rank_units = static_cast<int>(ceil_div(plan.units, ranks));
-    if (rank_units * (ranks - 1) >= plan.units) continue;  // a rank without work
-    if (int64_t{tiles} * ranks > kMaxGemmParts) continue;
+    if (!all_have_work(plan.units, ranks) || int64_t{tiles} * ranks > kMaxGemmParts) continue;
     const int64_t rounds = ceil_div(tiles, clusters_at_once(ranks, sms));
     const int64_t clocks =
         rounds * (kStart + rank_units * shape.unit_clocks + kOfCluster + shape.tile_bytes() / 12);
@@ -142,10 +141,24 @@ inline GemmPlan plan_gemm(const Problem& problem, const GemmShape& shape, int sm
   return plan;
 }
 
+template <typename Kernel>
 struct GemmChoice {
-  GemmKernel kernel;
+  Kernel kernel;
   GemmPlan plan;
 };
+
+// The kernel that makes a product in the fewest clocks, of those that may take it; plan_of(kernel) says how.
+template <typename Kernel, int kCount, typename PlanOf>
+GemmChoice<Kernel> cheapest(const Kernel (&kernels)[kCount], const Problem& problem, bool all_of_x_type,
+                            bool zeros, const PlanOf& plan_of) {
+  GemmChoice<Kernel> best = {};
+  for (Kernel kernel : kernels) {
+    if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
+    const GemmPlan plan = plan_of(kernel);
+    if (best.plan.grid == 0 || plan.clocks < best.plan.clocks) best = {kernel, plan};
+  }
+  return best;
+}
 
 // Whether a kernel may take a product. Scales on the weights are for scales and results of x's type: a scale times a
 // code is exact in that type (up to half its largest value), but then all of K is summed by the tensor cores, which
@@ -157,14 +170,9 @@ inline bool may_take(GemmKernel kernel, int64_t m, bool all_of_x_type, bool zero
   return !shape.on_weights && shape.tokens == (m <= 16 ? 16 : m <= 32 ? 32 : 64);
 }
 
-inline GemmChoice choose_gemm(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
-  GemmChoice best = {};
-  for (GemmKernel kernel : kGemmKernels) {
-    if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
-    const GemmPlan plan = plan_gemm(problem, shape_of(kernel), sms);
-    if (best.plan.grid == 0 || plan.clocks < best.plan.clocks) best = {kernel, plan};
-  }
-  return best;
+inline GemmChoice<GemmKernel> choose_gemm(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
+  return cheapest(kGemmKernels, problem, all_of_x_type, zeros,
+                  [&](GemmKernel kernel) { return plan_gemm(problem, shape_of(kernel), sms); });
 }
 
 // Rows of x in the first of two launches, or all `m` of them, whichever takes the fewest clocks: `in_one` all of them

@@ -5,16 +5,15 @@
 // may capture them in a CUDA graph; they run again whenever buffers have moved.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
-#include <utility>
 
 #include "../ffi_checks.h"
+#include "../ffi_module.h"
 #include "dequantize_weight.h"
 #include "matmul.h"
 #include "xla/ffi/api/ffi.h"
@@ -211,11 +210,6 @@ int64_t scratch_bytes_by_name(int64_t m, int64_t n, int64_t k, int64_t groups, c
   return scratch_bytes(problem_of(m, n, k, groups), dtype_of(x_dtype), portable);
 }
 
-template <typename Handler>
-nb::capsule capsule(Handler* handler) {
-  return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
-}
-
 nb::dict ffi_handlers() {
   nb::dict d;
   d["jax_trirun_matmul_v1"] = capsule(matmul_handler);
@@ -230,9 +224,7 @@ NB_MODULE(_cuda, m) {
   using namespace jax_trirun::cuda;
   m.doc() = "The CUDA back end of jax_trirun: the FFI handlers, and which products have a kernel.";
   m.def("ffi_handlers", &ffi_handlers, "FFI target name -> handler.");
-  m.def(
-      "ffi_api_version", [] { return std::make_pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
-      "(major, minor) of the XLA FFI headers that this module was built with.");
+  jax_trirun::def_ffi_api_version(m);
   m.def(
       "why_unsupported", &why_unsupported_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
       nb::arg("groups"), nb::arg("x_dtype"), nb::arg("scale_dtype"), nb::arg("out_dtype"),

@@ -143,8 +143,9 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   const Problem& p = args.problem;
   if (p.m == 0 || p.n == 0) return "";
 
-  const Kernels kernels = kernels_for(product_of(args), major * 10 + minor);
-  if (const int64_t first = rows_at_first(product_of(args), kernels, sms); first < p.m) {
+  const Product product = product_of(args);
+  const Kernels kernels = kernels_for(product, major * 10 + minor);
+  if (const int64_t first = rows_at_first(product, kernels, sms); first < p.m) {
     MatmulArgs part = args;
     part.problem.m = first;
     if (std::string failure = matmul(part, stream); !failure.empty()) return failure;

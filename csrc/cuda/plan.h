@@ -23,8 +23,8 @@ enum class DecodeKernel {
 
 struct DecodeShape {
   int tokens, warps, stages;
-  bool cluster;             // needs sm_90
-  int smallest_group = 32;  // of K
+  bool cluster;  // needs sm_90
+  int smallest_group = kSmallestGroup;
 };
 
 constexpr DecodeShape shape_of(DecodeKernel kernel) {
@@ -46,9 +46,9 @@ inline constexpr int64_t kMaxDecodeTokens = 16;
 inline constexpr int kSmallestSharedMemory = 99 * 1024;
 
 struct DecodePlan {
-  DecodeKernel kernel = DecodeKernel::kFloat1Portable;
   int ranks = 0;  // thread blocks that share an n-block; 0: no launch fits
   int units_per_rank = 0;
+  int64_t clocks = 0;  // estimated, of kernels with clusters
 };
 
 // Whether every multiprocessor has several n-blocks of its own (4096 x 14336 and wider, on 132 of them).
@@ -118,17 +118,6 @@ inline bool all_have_work(int units, int ranks) {
   return ranks == 1 || ceil_div(units, ranks) * (ranks - 1) < units;
 }
 
-// Clocks of the kernel and the split that are chosen where shared memory is no limit.
-inline int64_t decode_clocks(const Problem& problem, int sms) {
-  const DecodeKernel kernel = choose_decode_kernel(problem, sms, /*portable=*/false);
-  const int units = static_cast<int>(ceil_div(problem.k, 128));
-  int64_t best = clocks_of_split(problem, kernel, 1, sms);
-  for (int ranks = 2; ranks <= kMaxRanks; ranks *= 2) {
-    if (all_have_work(units, ranks)) best = std::min(best, clocks_of_split(problem, kernel, ranks, sms));
-  }
-  return best;
-}
-
 // A split of K whose slice of x fits `shared_memory`, as `bytes_of(units)` counts it: the fastest one into a cluster (a
 // power of two), or the smallest one where each part of K is written by itself.
 template <typename BytesOf>
@@ -136,17 +125,21 @@ DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int
                        const BytesOf& bytes_of) {
   const int units = static_cast<int>(std::max<int64_t>(1, ceil_div(problem.k, 128)));
   const bool cluster = shape_of(kernel).cluster;
-  DecodePlan best = {kernel, 0, 0};
-  int64_t best_clocks = 0;
+  DecodePlan best;
   for (int ranks = 1; ranks <= (cluster ? kMaxRanks : units); ranks = cluster ? ranks * 2 : ranks + 1) {
     const int units_per_rank = static_cast<int>(ceil_div(units, ranks));
     if (!all_have_work(units, ranks) || bytes_of(units_per_rank) > shared_memory) continue;
-    if (!cluster) return {kernel, ranks, units_per_rank};
+    if (!cluster) return {ranks, units_per_rank};
     const int64_t clocks = clocks_of_split(problem, kernel, ranks, sms);
-    if (best.ranks == 0 || clocks < best_clocks)
-      best = {kernel, ranks, units_per_rank}, best_clocks = clocks;
+    if (best.ranks == 0 || clocks < best.clocks) best = {ranks, units_per_rank, clocks};
   }
   return best;
+}
+
+// Clocks of the kernel and the split that are chosen where shared memory is no limit.
+inline int64_t decode_clocks(const Problem& problem, int sms) {
+  const DecodeKernel kernel = choose_decode_kernel(problem, sms, /*portable=*/false);
+  return plan_decode(problem, kernel, sms, 0, [](int) { return 0; }).clocks;
 }
 
 }  // namespace jax_trirun::cuda

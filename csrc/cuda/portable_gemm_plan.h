@@ -64,7 +64,7 @@ inline bool is_for_portable_gemm(const Problem& problem, bool zeros) {
 inline bool may_take(PortableGemmKernel kernel, int64_t m, bool all_of_x_type, bool zeros) {
   using Kernel = PortableGemmKernel;
   if (zeros) return kernel == (m <= 32 ? Kernel::kZeros32 : Kernel::kZeros64);
-  if (m > 64 && all_of_x_type) return kernel == Kernel::kWeights128 || kernel == Kernel::kWeights128Narrow;
+  if (m > 64 && all_of_x_type) return shape_of(kernel).on_weights;
   return kernel == (m <= 16 ? Kernel::kSums16 : m <= 32 ? Kernel::kSums32 : Kernel::kSums64);
 }
 
@@ -112,20 +112,11 @@ inline GemmPlan plan_portable_gemm(const Problem& problem, const PortableGemmSha
   return plan;
 }
 
-struct PortableGemmChoice {
-  PortableGemmKernel kernel;
-  GemmPlan plan;
-};
-
-inline PortableGemmChoice choose_portable_gemm(const Problem& problem, bool all_of_x_type, bool zeros,
-                                               int sms) {
-  PortableGemmChoice best = {};
-  for (PortableGemmKernel kernel : kPortableGemmKernels) {
-    if (!may_take(kernel, problem.m, all_of_x_type, zeros)) continue;
-    const GemmPlan plan = plan_portable_gemm(problem, shape_of(kernel), sms);
-    if (best.plan.grid == 0 || plan.clocks < best.plan.clocks) best = {kernel, plan};
-  }
-  return best;
+inline GemmChoice<PortableGemmKernel> choose_portable_gemm(const Problem& problem, bool all_of_x_type,
+                                                           bool zeros, int sms) {
+  return cheapest(kPortableGemmKernels, problem, all_of_x_type, zeros, [&](PortableGemmKernel kernel) {
+    return plan_portable_gemm(problem, shape_of(kernel), sms);
+  });
 }
 
 // What decode.cuh's portable kernels take: 1.2 to 2.4 times as long as the words take to arrive, at 2,100 bytes a clock.
