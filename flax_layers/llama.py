@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from .partitioning import MeshRules, place, sharding_of
 from .quant_dense import QuantDense, why_apart
@@ -133,12 +134,15 @@ class LlamaConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, [B, S, num_kv_heads, D] each, and how many slots are filled.
+    """Keys and values of every layer, [B, num_kv_heads, S, D] each, and how many slots are filled.
 
     Slots at and after `lengths` [B] (int32) hold leftovers: they are masked until they are written.
+
+    Slots lie inside heads because that is how attention's products take them: with slots outside, a GPU wrote the
+    whole cache anew, transposed, in every step.
     """
 
-    NAMES: ClassVar = ("batch", None, "kv_heads", None)  # of the axes of keys and values
+    NAMES: ClassVar = ("batch", "kv_heads", None, None)  # of the axes of keys and values
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -150,7 +154,7 @@ class KVCache:
     ) -> KVCache:
         """Nothing stored yet; on the mesh of `rules`, by sequences and heads, when given."""
         rules = rules or MeshRules()
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
+        shape = (batch, config.num_kv_heads, slots, config.head_dim)
         device = rules.sharding_of_shape(shape, *cls.NAMES)
 
         def zeros():
@@ -167,7 +171,7 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -195,25 +199,47 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
 
     Args:
       q: [B, T, H, D] at `positions` [B, T].
-      k, v: [B, S, H_kv, D]; slot s holds position s. Slots past a query's position are masked.
+      k, v: [B, H_kv, S, D]; slot s holds position s. Slots past a query's position are masked.
     Returns: [B, T, H * D].
     """
     batch, tokens, heads, width = q.shape
-    q = q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=jnp.float32)
-    visible = jnp.arange(k.shape[1]) <= positions[..., None]  # [B, T, S]
+    q = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], width)
+    scores = jnp.einsum("btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32)
+    visible = jnp.arange(k.shape[2]) <= positions[..., None]  # [B, T, S]
     scores = jnp.where(visible[:, None, None], scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bgrts,bsgd->btgrd", weights, v, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bgrts,bgsd->btgrd", weights, v, preferred_element_type=jnp.float32)
     return mixed.astype(v.dtype).reshape(batch, tokens, heads * width)
 
 
-def _store(slots: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
-    """One sequence's slots [S, ..] with new [T, ..] at positions [T]; what does not fit is dropped.
+def _store(slots: jax.Array, starts: jax.Array, new: jax.Array) -> jax.Array:
+    # Sequences and heads one after the other, not as the scatter's batch: a GPU would transpose its operand.
+    batch, heads, count, width = slots.shape
+    rows, tokens = batch * heads, new.shape[2]
+    starts = jnp.repeat(starts, heads)
+    first = jnp.arange(rows, dtype=jnp.int32) * count + starts
+    first = jnp.where(starts + tokens <= count, first, rows * count)
+    windows = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
+    )
+    new = new.astype(slots.dtype).reshape(rows, tokens, width)
+    flat = slots.reshape(rows * count, width)
+    flat = jax.lax.scatter(flat, first[:, None], new, windows, unique_indices=True, mode="drop")
+    return flat.reshape(slots.shape)
 
-    Under vmap the sequences are a batch of the scatter's own, which a mesh cuts without a collective.
+
+def store(slots: jax.Array, starts: jax.Array, new: jax.Array, rules: MeshRules) -> jax.Array:
+    """Keys or values of a layer [B, H_kv, S, D] with those of new tokens, [B, H_kv, T, D].
+
+    Args:
+      starts: [B], the slot of every sequence's first new token. Where not all T fit, none are stored.
+      rules: on a mesh every device stores what is in its part, without a collective.
     """
-    return slots.at[positions].set(new.astype(slots.dtype), mode="drop")
+    sharding = rules.sharding_of_shape(slots.shape, *KVCache.NAMES)
+    if sharding is None:
+        return _store(slots, starts, new)
+    spec = sharding.spec
+    return rules.on_each_device(_store, (spec, PartitionSpec(spec[0]), spec), spec)(slots, starts, new)
 
 
 def _linear(rules: MeshRules, fan_in: int, fan_out: int, *names: str, **kinds: Any) -> nnx.Linear:
@@ -243,18 +269,21 @@ class Attention(nnx.Module):
         self.o_proj = linear(q_width, config.hidden_size, "heads", "embed")
         self.qkv_proj = nnx.data(None)  # in the place of q_proj, k_proj and v_proj, once they are fused
         self.qkv_ends = (q_width, q_width + kv_width)
+        self.rules = rules
 
     def __call__(self, x, angles, positions, layer_cache=None):
-        """x [B, T, hidden] -> ([B, T, hidden], the layer's keys and values)."""
+        """x [B, T, hidden] -> ([B, T, hidden], the layer's keys and values [B, H_kv, S, D])."""
         if self.qkv_proj is None:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         else:
             q, k, v = jnp.split(self.qkv_proj(x), self.qkv_ends, axis=-1)
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = rotate(q.reshape(split), angles), rotate(k.reshape(split), angles), v.reshape(split)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if layer_cache is not None:
             k, v = (
-                jax.vmap(_store)(old, positions, new) for old, new in zip(layer_cache, (k, v), strict=True)
+                store(old, positions[:, 0], new, self.rules)
+                for old, new in zip(layer_cache, (k, v), strict=True)
             )
         return self.o_proj(attend(q, k, v, positions)), (k, v)
 
@@ -441,7 +470,7 @@ class Llama(nnx.Module):
         """tokens [B, T] -> (last hidden states [B, T, hidden], the cache with T tokens more or None).
 
         Without a cache the tokens are at positions 0 .. T - 1; with one they follow `cache.lengths`.
-        Tokens that no longer fit are not stored: see that lengths + T <= slots.
+        A sequence's tokens are not stored if they do not all fit: see that lengths + T <= slots.
         """
         start = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)

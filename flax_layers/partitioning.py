@@ -272,6 +272,14 @@ class MeshRules:
         """
         return jax.sharding.auto_axes(function, axes=self._explicit(), out_sharding=out)
 
+    def on_each_device(self, function: Callable[..., Any], specs: Any, out: Any) -> Callable[..., Any]:
+        """The function of a device's parts of arrays, which lie as ``specs`` and ``out`` (``jax.shard_map``'s) say.
+
+        Where Explicit axes of the mesh are taken as Auto ones, or are Auto anyway.
+        """
+        mesh = jax.sharding.get_abstract_mesh() if self._explicit() else self.mesh
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
+
     def _explicit(self) -> tuple[str, ...]:
         if self.mesh is None:
             return ()

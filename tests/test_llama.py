@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from flax_layers import QuantDense, add_lora, quantize_module
-from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, compile_losses, sample
+from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, compile_losses, sample, store
+from flax_layers.partitioning import MeshRules
 
 SMALL = LlamaConfig(
     vocab_size=97,
@@ -200,6 +202,23 @@ def test_the_decode_step_updates_the_cache_in_place():
     _, cache = decoder.step(np.asarray([4], np.int32), cache)
     assert [a.unsafe_buffer_pointer() for a in (*cache.keys, *cache.values)] == before
     assert old.is_deleted()
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True], ids=["one device", "mesh"])
+def test_storing_writes_each_sequences_slots_and_drops_what_does_not_fit(on_a_mesh):
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,)) if on_a_mesh else None
+    rules = MeshRules(mesh, (("kv_heads", "tensor"),))
+    rng = np.random.default_rng(0)
+    for tokens in (1, 3, 8):
+        old = rng.normal(size=(6, 2, 8, 4)).astype(np.float32)
+        new = rng.normal(size=(6, 2, tokens, 4)).astype(np.float32)
+        starts = [0, 2, 8 - tokens, 8, 9 - tokens, 30]
+        wanted = old.copy()
+        for i, start in enumerate(starts):
+            if start + tokens <= 8:
+                wanted[i, :, start : start + tokens] = new[i]
+        write = jax.jit(lambda old, starts, new: store(old, starts, new, rules))
+        np.testing.assert_array_equal(write(old, jnp.asarray(starts, jnp.int32), new), wanted)
 
 
 def quantized_model(config=SMALL, **options):

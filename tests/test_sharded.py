@@ -349,7 +349,7 @@ def test_each_device_holds_its_part_of_the_model():
 
 def test_a_batch_that_the_mesh_does_not_divide_is_on_every_device():
     rules = decoder((2, 4)).rules
-    assert KVCache.empty(CONFIG, 3, 16, rules=rules).keys[0].sharding.spec == P(None, None, "tensor", None)
+    assert KVCache.empty(CONFIG, 3, 16, rules=rules).keys[0].sharding.spec == P(None, "tensor", None, None)
     close(run(decoder((2, 4)), TOKENS[:3]), logits()[:3])
 
 
