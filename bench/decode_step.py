@@ -3,11 +3,11 @@
     python bench/decode_step.py                                                       # of SmolLM2-135M's sizes
     python bench/decode_step.py --sizes llama-3-8b --layers 8 --dtype bfloat16 --batch 1,8
 
-A step is everything between a token and the scores of the next: embedding, attention over the cache, the linear layers
-and the head, which stays dense (`flax_layers.llama`). "fused" is the packed model after `Llama.fuse_projections`. A
-turn is ``steps`` steps in a row, each with the cache of the last, whose buffers it is given (donated); models take
-turns. Times are milliseconds a step, the median of the turns. ``linear_mb`` are the arrays of the linear layers of all
-blocks.
+A step is everything between a token and the next (`Decoder.next_tokens`): embedding, attention over the cache, the
+linear layers, the head, which stays dense (`flax_layers.llama`), and the choice of the likeliest. "fused" is the packed
+model after `Llama.fuse_projections`. A turn is ``steps`` steps in a row, each with the token and the cache of the last;
+models take turns. Times are milliseconds a step, the median of the turns. ``linear_mb`` are the arrays of the linear
+layers of all blocks.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from flax import nnx
 
 from flax_layers import quantize_module
-from flax_layers.llama import Decoder, Llama, LlamaConfig
+from flax_layers.llama import Decoder, Llama, LlamaConfig, sample
 
 SIZES = {
     "smollm2-135m": LlamaConfig(
@@ -63,20 +64,23 @@ class Timed:
         blocks = [nnx.state(layer) for block in model.layers for layer in (block.self_attn, block.mlp)]
         self.linear_bytes = sum(a.nbytes for a in jax.tree.leaves(blocks))
         self.decoder = Decoder(model, max_length=length, batch=batch)
-        self.token = np.zeros(batch, np.int32)
-        self.logits, self.cache = self.decoder.prefill([[1, 2, 3]] * batch)
+        logits, self.cache = self.decoder.prefill([[1, 2, 3]] * batch)
+        self.tokens = sample(logits, None, None)
+        self.older = jnp.zeros_like(self.tokens)
         self.turn(1)  # compiles
 
     def turn(self, steps: int) -> float:
         """Milliseconds a step."""
         start = time.perf_counter()
         for _ in range(steps):
-            self.logits, self.cache = self.decoder.step(self.token, self.cache)
-        self.logits.block_until_ready()
+            tokens, self.cache, _ = self.decoder.next_tokens(self.tokens, self.cache, out=self.older)
+            self.tokens, self.older = tokens, self.tokens
+        self.tokens.block_until_ready()
         return (time.perf_counter() - start) * 1e3 / steps
 
     def check(self, name: str) -> None:
-        if not np.isfinite(np.asarray(self.logits, np.float32)).all():
+        logits, self.cache = self.decoder.step(self.tokens, self.cache)
+        if not np.isfinite(np.asarray(logits)).all():
             raise AssertionError(f"{name} ended in infinities or NaN")
 
 
@@ -94,7 +98,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config = SIZES[options.sizes]
     if options.layers:
         config = dataclasses.replace(config, num_layers=options.layers)
-    length = 4 + TURNS * options.steps
+    length = 5 + TURNS * options.steps
     by_name = models(config, options.dtype, options.group_size)
     for batch in options.batch:
         timed = {name: Timed(model, batch, length) for name, model in by_name.items()}

@@ -10,7 +10,16 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from flax_layers import QuantDense, add_lora, quantize_module
-from flax_layers.llama import Decoder, KVCache, Llama, LlamaConfig, compile_losses, sample, store
+from flax_layers.llama import (
+    Decoder,
+    KVCache,
+    Llama,
+    LlamaConfig,
+    compile_losses,
+    draw,
+    sample,
+    store,
+)
 from flax_layers.partitioning import MeshRules
 
 SMALL = LlamaConfig(
@@ -204,6 +213,52 @@ def test_the_decode_step_updates_the_cache_in_place():
     assert old.is_deleted()
 
 
+def test_a_step_may_take_the_memory_of_older_logits():
+    decoder = Decoder(random_model(SMALL), max_length=32)
+    logits, cache = decoder.prefill([[1, 2, 3]])
+    kept, cache = decoder.step(np.asarray([4], np.int32), cache)
+    at = logits.unsafe_buffer_pointer()
+    wanted = run(random_model(SMALL), jnp.asarray([[1, 2, 3, 4, 5]]))[:, -1]
+    got, cache = decoder.step(np.asarray([5], np.int32), cache, out=logits)
+    assert got.unsafe_buffer_pointer() == at
+    assert logits.is_deleted() and not kept.is_deleted()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.0, 0.7])
+def test_next_tokens_are_drawn_from_a_steps_logits(temperature):
+    decoder = Decoder(random_model(SMALL), max_length=32, batch=2)
+    prompts = [[5, 3], [7, 1, 9, 2]]
+
+    logits, cache = decoder.prefill(prompts)
+    first, key = draw(logits, jax.random.key(1), temperature)
+    wanted = [first]
+    for _ in range(6):
+        logits, cache = decoder.step(wanted[-1], cache)
+        tokens, key = draw(logits, key, temperature)
+        wanted.append(tokens)
+
+    logits, cache = decoder.prefill(prompts)
+    key = draw(logits, jax.random.key(1), temperature)[1]
+    got = [first]
+    for _ in range(6):
+        tokens, cache, key = decoder.next_tokens(got[-1], cache, key, temperature)
+        got.append(tokens)
+    np.testing.assert_array_equal(got, wanted)
+    assert cache.lengths.tolist() == [8, 10]
+    _, cache = decoder.prefill(prompts)
+    key, older = draw(logits, jax.random.key(1), temperature)[1], jnp.zeros_like(first)
+    at = older.unsafe_buffer_pointer(), cache.lengths.unsafe_buffer_pointer()
+    tokens, cache, key = decoder.next_tokens(first, cache, key, temperature, out=older)
+    np.testing.assert_array_equal(tokens, wanted[1])
+    assert at == (tokens.unsafe_buffer_pointer(), cache.lengths.unsafe_buffer_pointer())
+    if not temperature:
+        _, cache = decoder.prefill(prompts)
+        tokens, cache, key = decoder.next_tokens(first, cache)
+        assert key is None
+        np.testing.assert_array_equal(tokens, wanted[1])
+
+
 @pytest.mark.parametrize("on_a_mesh", [False, True], ids=["one device", "mesh"])
 def test_storing_writes_each_sequences_slots_and_drops_what_does_not_fit(on_a_mesh):
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,)) if on_a_mesh else None
@@ -298,7 +353,9 @@ def test_bfloat16_stays_near_float32():
 def test_sampling():
     logits = jnp.log(jnp.asarray([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1]]))
     key = jax.random.key(0)
-    assert sample(logits, key, 0.0).tolist() == [1, 0]
+    assert sample(logits, key, 0.0).tolist() == sample(logits, None, None).tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"a temperature \(0.7\) needs a key"):
+        draw(logits, None, 0.7)
     keys = jax.random.split(key, 4000)
     drawn = np.asarray(jax.vmap(lambda k: sample(logits, k, 1.0))(keys))
     shares = np.stack([np.bincount(drawn[:, row], minlength=3) / 4000 for row in (0, 1)])

@@ -334,7 +334,14 @@ def test_decoding_on_a_mesh_gives_the_logits_of_one_device(kind):
         got, cache = many.step(column, cache)
         close(got, wanted)
         assert share(cache.keys[0]) == share(cache.values[0]) == 1 / 8
-    text = many._step.lower(many._weights, cache, TOKENS[:, 0]).compile().as_text()
+    tokens = [TOKENS[:, 3]] * 2
+    keys = [jax.random.key(0), jax.random.key(0)]
+    for _ in range(3):
+        tokens[0], old, keys[0] = one.next_tokens(tokens[0], old, keys[0], 0.5)
+        tokens[1], cache, keys[1] = many.next_tokens(tokens[1], cache, keys[1], 0.5)
+        np.testing.assert_array_equal(*tokens)
+    assert share(cache.keys[0]) == 1 / 8
+    text = many._step.lower(many._weights, cache, None, TOKENS[:, 0]).compile().as_text()
     # One sum for the embedding, whose vocabulary is cut, and two a block: after o_proj and down_proj.
     assert collectives(text) == ["all-reduce"] * (1 + 2 * CONFIG.num_layers)
 

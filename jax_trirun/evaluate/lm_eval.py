@@ -197,16 +197,17 @@ class DecoderLM(TemplateLM):
         self, prompts: list[list[int]], until: Sequence[str], count: int, temperature: float, key: jax.Array
     ) -> list[str]:
         """At most GENERATE_BATCH prompts, decoded side by side."""
-        from flax_layers.llama import sample
+        from flax_layers.llama import draw
 
         decoder = self._decoder(bucket(max(map(len, prompts)) + count, self.max_length))
         padding = [[self.prefix_token_id]] * (GENERATE_BATCH - len(prompts))
         logits, cache = decoder.prefill([*prompts, *padding])
         new: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
-        warmth = jnp.float32(temperature)
+        warmth = jnp.float32(temperature) if temperature else None
+        tokens, draws = draw(logits, key, warmth)
+        read = jnp.zeros_like(tokens)
         for step in range(count):
-            tokens = sample(logits, jax.random.fold_in(key, step), warmth)
             for i, token in enumerate(np.asarray(tokens)[: len(prompts)].tolist()):
                 if i in texts:
                     continue
@@ -220,7 +221,8 @@ class DecoderLM(TemplateLM):
                     texts[i] = text[: min(ends)]
             if len(texts) == len(prompts) or step == count - 1:
                 break
-            logits, cache = decoder.step(tokens, cache)
+            following, cache, draws = decoder.next_tokens(tokens, cache, draws, warmth, out=read)
+            tokens, read = following, tokens
         return [texts.get(i, self._tokenizer.decode(new[i])) for i in range(len(prompts))]
 
     def _decoder(self, slots: int) -> Any:
