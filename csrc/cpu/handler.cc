@@ -16,6 +16,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../ffi_checks.h"
 #include "../ffi_module.h"
 #include "matmul.h"
@@ -30,6 +34,15 @@ namespace {
 // ---- Threads ------------------------------------------------------------------------------------
 
 std::atomic<int> max_threads{0};  // 0: as many as XLA's pool has
+
+// A hint to the processor that this thread only waits.
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 // What the caller and its helpers share. A helper may get its turn after everything is done and the
 // caller has returned: it then finds no task left and never touches body.
@@ -47,9 +60,15 @@ struct SharedWork {
   }
 
   void wait() {
+    // What other threads still work on is one task each: to sleep and be woken takes longer than most of them.
+    for (int i = 0; i < kSpins && !finished(); ++i) pause();
     std::unique_lock<std::mutex> lock(mutex);
-    all_done.wait(lock, [&] { return done.load(std::memory_order_acquire) == tasks; });
+    all_done.wait(lock, [&] { return finished(); });
   }
+
+  bool finished() const { return done.load(std::memory_order_acquire) == tasks; }
+
+  static constexpr int kSpins = 400;  // some 10 microseconds
 
   const int64_t tasks;
   const std::function<void(int64_t)>* const body;
