@@ -8,8 +8,8 @@ A native module offers
     ffi_api_version() -> (major, minor)     of the headers it was built with
     ffi_handlers() -> {target: capsule}     with MATMUL_TARGET among the targets; on CUDA DEQUANTIZE_TARGET too
 
-and on CUDA, whose matmul has a uint8 scratch array as its second result and an int64 attribute "portable",
-with dtypes by their NumPy names:
+and on CUDA, whose matmul has a uint8 scratch array as its second result if it needs any, and an int64 attribute
+"portable", with dtypes by their NumPy names:
 
     why_unsupported(m, n, k, groups, x_dtype, scale_dtype, out_dtype, portable) -> "" or a sentence
     describe_kernel(m, n, k, groups, x_dtype, scale_dtype, out_dtype, zeros, portable) -> a few words

@@ -228,7 +228,7 @@ def _lower_call(ctx, backend, operands, params):
 
 
 def _lower_cuda_call(ctx, backend, operands, params):
-    """The call with its scratch, and around it what brings the operands to dtypes and sizes that it takes."""
+    """The call, with the scratch it needs, and around it what brings the operands to dtypes and sizes that it takes."""
     x, words, scales, *zeros = ctx.avals_in
     m, n, k, groups = _cuda_sizes(x, scales, params)
     dtype = _cuda_scale_dtype(x, scales, zeros[0] if zeros else None)
@@ -243,8 +243,8 @@ def _lower_cuda_call(ctx, backend, operands, params):
     (out,) = ctx.avals_out
     size = backend.module.scratch_bytes(m, n, k, groups, str(x.dtype), _portable(backend))
     result = jax.core.ShapedArray((m, n), out.dtype)
-    scratch = jax.core.ShapedArray((size,), np.dtype("uint8"))
-    inner = ctx.replace(avals_in=avals, avals_out=[result, scratch])
+    scratch = [jax.core.ShapedArray((size,), np.dtype("uint8"))] if size else []
+    inner = ctx.replace(avals_in=avals, avals_out=[result, *scratch])
     (y,) = _lower_call(inner, backend, values, params)
     if out.shape != result.shape:
         y, _ = _apply(ctx, lambda y: jax.lax.slice(y, (0, 0), out.shape), y, result)

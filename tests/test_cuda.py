@@ -556,10 +556,10 @@ def test_the_same_words_on_cpu_and_gpu():
 # ---- Errors come back as sentences -------------------------------------------------------------------
 
 
-def raw_call(x, words, scales, zeros, *, scratch=1 << 20, out="float16", portable=0):
+def raw_call(x, words, scales, zeros, *, scratch=(1 << 20,), out="float16", portable=0):
     results = (
         jax.ShapeDtypeStruct((x.shape[0], scales.shape[1]), out),
-        jax.ShapeDtypeStruct((scratch,), np.uint8),
+        *(jax.ShapeDtypeStruct((size,), np.uint8) for size in scratch),
     )
     call = jax.ffi.ffi_call(_ffi.MATMUL_TARGET, results)
     return jax.block_until_ready(call(x, words, scales, zeros, portable=np.int64(portable))[0])
@@ -588,6 +588,7 @@ WRONG = {  # what is changed of GOOD, options of raw_call, the sentence
     "y of another type": (
         {}, {"out": "bfloat16"}, "y must be float32 or x's type, which is float16, got bfloat16"
     ),
+    "three results": ({}, {"scratch": (16, 16)}, "wanted results y and scratch, got 3"),
     "scales in the other 16 bits": (
         {"scales": ((2, 64), "bfloat16"), "zeros": ((0, 64), "bfloat16")}, {},
         "scales must have x's dtype float16 or float32, got bfloat16",
@@ -595,9 +596,10 @@ WRONG = {  # what is changed of GOOD, options of raw_call, the sentence
 }  # fmt: skip
 
 
-def test_the_raw_call_works():
+@pytest.mark.parametrize("scratch", [(), (0,), (1 << 20,)])
+def test_the_raw_call_works(scratch):
     arrays = {name: jnp.ones(shape, dtype) for name, (shape, dtype) in GOOD.items()}
-    assert raw_call(**arrays).shape == (4, 64)
+    assert raw_call(**arrays, scratch=scratch).shape == (4, 64)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -610,7 +612,8 @@ def test_the_handler_says_what_is_wrong(name):
     assert raw_call(**{k: jnp.ones(*v) for k, v in GOOD.items()}).shape == (4, 64)  # the process lives on
 
 
-def test_too_little_scratch_is_refused():
+@pytest.mark.parametrize(("scratch", "got"), [((), 0), ((16,), 16)])
+def test_too_little_scratch_is_refused(scratch, got):
     wanted = _ffi.BACKENDS["cuda"].module.scratch_bytes(4, 64, 1 << 16, 512, "float16", True)
     assert wanted > 0
     arrays = (
@@ -619,6 +622,6 @@ def test_too_little_scratch_is_refused():
         jnp.ones((512, 64), "float16"),
     )
     with pytest.raises(
-        jax.errors.JaxRuntimeError, match=f"scratch must have at least {wanted} bytes, got 16"
+        jax.errors.JaxRuntimeError, match=f"scratch must have at least {wanted} bytes, got {got}"
     ):
-        raw_call(*arrays, jnp.ones((0, 64), "float16"), scratch=16, portable=1)
+        raw_call(*arrays, jnp.ones((0, 64), "float16"), scratch=scratch, portable=1)

@@ -44,6 +44,19 @@ assert "tensor<0x64x" not in lowered(5, "float16", zeros=True)
     )
 
 
+def test_cuda_call_without_scratch_has_one_result(run_python):
+    # An empty one would lie in memory that moves, and XLA write the call in its CUDA graph anew in every step.
+    run_python(
+        _STAND_IN
+        + """
+fake.scratch_bytes = lambda *sizes: 0
+text = lowered(5, "bfloat16")
+(call,) = (line for line in text.splitlines() if CALL in line)
+assert call.strip().endswith("-> tensor<5x64xbf16>"), call
+"""
+    )
+
+
 def test_cuda_leaves_to_the_reference_what_it_does_not_cover(run_python):
     run_python(
         _STAND_IN

@@ -50,11 +50,15 @@ std::string zeros_error(const std::string& where, const Args& args, const ffi::A
 std::atomic<int64_t> handler_runs{0};
 
 // x [M, K], words [K / kBlockK, N / kBlockN, 128], scales [groups, N], zeros [groups, N] of the scales'
-// type, or [0, N] when the zero point is Layout<2>::kZeroPoint -> y [M, N] in x's type or float32, and
-// scratch, at least scratch_bytes() of uint8. `portable`: only instructions that sm_80 has.
+// type, or [0, N] when the zero point is Layout<2>::kZeroPoint -> y [M, N] in x's type or float32, and, where
+// scratch_bytes() are not 0, scratch: at least as many of uint8. `portable`: only instructions that sm_80 has.
+//
+// Scratch of 0 bytes may be a result too (exported files have it), but none is better: XLA lays an empty result on any
+// memory, such as that of a result of the program which moves with every call, and then writes the product's node in
+// the CUDA graph anew each time.
 ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer words, ffi::AnyBuffer scales,
-                       ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y,
-                       ffi::Result<ffi::AnyBuffer> scratch, int64_t portable) {
+                       ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets more,
+                       int64_t portable) {
   handler_runs.fetch_add(1, std::memory_order_relaxed);
   MatmulArgs args;
   if (std::string e = read_matmul(args, x, words, scales, zeros, *y); !e.empty()) {
@@ -65,16 +69,28 @@ ffi::Error matmul_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer wor
   for (const std::string& e :
        {alignment_error(where, "x", x), alignment_error(where, "words", words),
         alignment_error(where, "scales", scales), alignment_error(where, "zeros", zeros),
-        alignment_error(where, "y", *y), alignment_error(where, "scratch", *scratch),
-        zeros_error(where, args, zeros)}) {
+        alignment_error(where, "y", *y), zeros_error(where, args, zeros)}) {
     if (!e.empty()) return ffi::Error::InvalidArgument(e);
   }
   args.portable = portable != 0;
-  args.scratch = scratch->untyped_data();
+  int64_t scratch_size = 0;
+  if (more.size() > 1) {
+    return ffi::Error::InvalidArgument("matmul: wanted results y and scratch, got " +
+                                       std::to_string(1 + more.size()));
+  }
+  if (more.size() == 1) {
+    auto scratch = more.get<ffi::AnyBuffer>(0);
+    if (scratch.has_error()) return scratch.error();
+    if (std::string e = alignment_error(where, "scratch", **scratch); !e.empty()) {
+      return ffi::Error::InvalidArgument(e);
+    }
+    args.scratch = (*scratch)->untyped_data();
+    scratch_size = static_cast<int64_t>((*scratch)->size_bytes());
+  }
   const int64_t wanted = scratch_bytes(p, args.x_type, args.portable);
-  if (static_cast<int64_t>(scratch->size_bytes()) < wanted) {
+  if (scratch_size < wanted) {
     return ffi::Error::InvalidArgument("matmul: scratch must have at least " + std::to_string(wanted) +
-                                       " bytes, got " + std::to_string(scratch->size_bytes()));
+                                       " bytes, got " + std::to_string(scratch_size));
   }
   if (p.m == 0 || p.n == 0) return ffi::Error::Success();
   if (p.k == 0) {  // an empty sum
@@ -94,7 +110,7 @@ XLA_FFI_DEFINE_HANDLER(matmul_handler, matmul_impl,
                            .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
+                           .RemainingRets()
                            .Attr<int64_t>("portable"),
                        {ffi::Traits::kCmdBufferCompatible});
 
@@ -241,5 +257,6 @@ NB_MODULE(_cuda, m) {
       "count.");
   m.def("scratch_bytes", &scratch_bytes_by_name, nb::arg("m"), nb::arg("n"), nb::arg("k"),
         nb::arg("groups"), nb::arg("x_dtype"), nb::arg("portable"),
-        "Bytes of the call's second result, which the kernels use while they run.");
+        "Bytes of the call's second result, which the kernels use while they run; with 0 there need be "
+        "none.");
 }
