@@ -3,11 +3,11 @@
     python bench/decode_step.py                                                       # of SmolLM2-135M's sizes
     python bench/decode_step.py --sizes llama-3-8b --layers 8 --dtype bfloat16 --batch 1,8
 
-A step is everything between a token and the next (`Decoder.next_tokens`): embedding, attention over the cache, the
-linear layers, the head, which stays dense (`flax_layers.llama`), and the choice of the likeliest. "fused" is the packed
-model after `Llama.fuse_projections`. A turn is ``steps`` steps in a row, each with the token and the cache of the last;
-models take turns. Times are milliseconds a step, the median of the turns. ``linear_mb`` are the arrays of the linear
-layers of all blocks.
+A step is everything between a token and the next, as a caller of `Decoder.decode` meets it: embedding, attention over
+the cache, the linear layers, the head, which stays dense (`flax_layers.llama`), the choice of the likeliest, and its
+way to the host. "fused" is the packed model after `Llama.fuse_projections`. A turn is ``steps`` steps in a row, after
+two that are not timed; models take turns. Times are milliseconds a step, the median of the turns. ``linear_mb`` are the
+arrays of the linear layers of all blocks.
 """
 
 import argparse
@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from flax import nnx
 
 from flax_layers import quantize_module
-from flax_layers.llama import Decoder, Llama, LlamaConfig, sample
+from flax_layers.llama import Decoder, Llama, LlamaConfig
 
 SIZES = {
     "smollm2-135m": LlamaConfig(
@@ -55,33 +54,31 @@ SIZES = {
     ),
 }
 TURNS = 11
+WARM_UP = 2  # steps of a turn before its clock starts: the memory of another model's step lies elsewhere
 
 
 class Timed:
     """A model's decoder after a prompt, which goes on step by step."""
 
-    def __init__(self, model: Llama, batch: int, length: int):
+    def __init__(self, name: str, model: Llama, batch: int, steps: int):
         blocks = [nnx.state(layer) for block in model.layers for layer in (block.self_attn, block.mlp)]
         self.linear_bytes = sum(a.nbytes for a in jax.tree.leaves(blocks))
-        self.decoder = Decoder(model, max_length=length, batch=batch)
-        logits, self.cache = self.decoder.prefill([[1, 2, 3]] * batch)
-        self.tokens = sample(logits, None, None)
-        self.older = jnp.zeros_like(self.tokens)
-        self.turn(1)  # compiles
+        prompts = [[1, 2, 3]] * batch
+        decoder = Decoder(model, max_length=3 + steps, batch=batch)
+        if not np.isfinite(np.asarray(decoder.prefill(prompts)[0])).all():
+            raise AssertionError(f"{name} has infinities or NaN among its logits")
+        self.tokens = decoder.decode(prompts, steps)
+
+    def go_on(self, steps: int) -> None:
+        for _ in range(steps):
+            next(self.tokens)
 
     def turn(self, steps: int) -> float:
         """Milliseconds a step."""
+        self.go_on(WARM_UP)
         start = time.perf_counter()
-        for _ in range(steps):
-            tokens, self.cache, _ = self.decoder.next_tokens(self.tokens, self.cache, out=self.older)
-            self.tokens, self.older = tokens, self.tokens
-        self.tokens.block_until_ready()
+        self.go_on(steps)
         return (time.perf_counter() - start) * 1e3 / steps
-
-    def check(self, name: str) -> None:
-        logits, self.cache = self.decoder.step(self.tokens, self.cache)
-        if not np.isfinite(np.asarray(logits)).all():
-            raise AssertionError(f"{name} ended in infinities or NaN")
 
 
 def models(config: LlamaConfig, dtype: str, group_size: int) -> dict[str, Llama]:
@@ -98,17 +95,16 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config = SIZES[options.sizes]
     if options.layers:
         config = dataclasses.replace(config, num_layers=options.layers)
-    length = 5 + TURNS * options.steps
+    steps = TURNS * (WARM_UP + options.steps) + 1  # always one more, which runs while the last is read
     by_name = models(config, options.dtype, options.group_size)
     for batch in options.batch:
-        timed = {name: Timed(model, batch, length) for name, model in by_name.items()}
+        timed = {name: Timed(name, model, batch, steps) for name, model in by_name.items()}
         times: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(TURNS):
             for name, one in timed.items():
                 times[name].append(one.turn(options.steps))
         dense = statistics.median(times["dense"])
         for name, one in timed.items():
-            one.check(name)
             low, median, high = statistics.quantiles(times[name], n=4)
             yield {
                 "date": datetime.date.today().isoformat(), "device": jax.devices()[0].device_kind,

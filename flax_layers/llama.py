@@ -19,7 +19,8 @@ Shapes: B sequences, T new tokens, S slots of the cache, H heads, D = head_dim.
     decoder = Decoder(model, max_length=512)      # compiled prefill and decode step
     logits, cache = decoder.prefill(tokens)       # [B, vocab], of the last token
     logits, cache = decoder.step(next_token, cache)
-    tokens, cache, _ = decoder.next_tokens(tokens, cache)     # a step, and the likeliest of its logits
+    for tokens in decoder.decode(prompts, 100):   # [B], the likeliest, 100 times
+        ...
 
 On several devices, every array cut along the axes of a mesh (`SHARDING_RULES` says which along which):
 
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -638,7 +640,7 @@ class Decoder:
             return jax.jit(program, donate_argnums=(1, 2, *donated), keep_unused=True)
 
         self._prefill, self._step = compiled(prefill), compiled(step)
-        self._next_tokens, self._draw = compiled(next_tokens, 4), jax.jit(draw)
+        self._next_tokens, self._draw = compiled(next_tokens, 3, 4), jax.jit(draw)
 
     def prefill(self, prompts: Sequence[Sequence[int]] | np.ndarray) -> tuple[jax.Array, KVCache]:
         """Reads `batch` prompts, of any lengths, into a new cache.
@@ -666,7 +668,7 @@ class Decoder:
         The caller sees to it that no sequence outgrows max_length: looking would wait for the device.
 
         Args:
-          out: logits of an earlier step that are no longer needed: donated as the cache is, and the new ones
+          out: logits of the last step, when they are no longer needed: donated as the cache is, and the new ones
             take their place. On a GPU a step then takes the host half as long: XLA keeps it in a CUDA graph,
             and writes most of that anew when its memory has moved.
         """
@@ -674,26 +676,66 @@ class Decoder:
         return logits, cache
 
     def next_tokens(
-        self,
-        tokens: Any,
-        cache: KVCache,
-        key: jax.Array | None = None,
-        temperature: Any = None,
-        *,
-        out: jax.Array | None = None,
+        self, tokens: Any, cache: KVCache, key: jax.Array | None = None, temperature: Any = None
     ) -> tuple[jax.Array, KVCache, jax.Array | None]:
         """A step, and a token drawn from each sequence's logits, in one program: faster than `step` and `sample`.
 
         Args:
-          tokens: [B], the last ones.
-          key: of `jax.random.key`; donated, as the cache is.
+          tokens: [B] int32, the last ones; donated, as the cache and the key are, and the next ones take their place.
+            So a GPU finds all it needs where it was and runs its CUDA graph as it is. Copy tokens to keep them.
+          key: of `jax.random.key`.
           temperature: None takes the likeliest and needs no key, and 0 does, whatever the key. An array of the
             device's spares the host a copy for every step.
-          out: tokens [B] int32 that are no longer needed, older than `tokens`: as of `step`.
         Returns: the next tokens [B] int32, the cache, and the next key.
         """
-        cache, tokens, key = self._next_tokens(self._weights, cache, out, tokens, key, temperature)
+        if not isinstance(tokens, jax.Array):
+            tokens = self._place(tokens)
+        cache, tokens, key = self._next_tokens(self._weights, cache, None, tokens, key, temperature)
         return tokens, cache, key
+
+    def _place(self, tokens: Any) -> jax.Array:
+        """Tokens [B] as `next_tokens` gives them, so that the next ones find room there."""
+        return place(tokens, jnp.int32, self.rules.sharding_of_shape((self.batch,), "batch"))
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]] | np.ndarray,
+        steps: int,
+        *,
+        temperature: float = 0.0,
+        key: jax.Array | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields the tokens [B] that follow `batch` prompts, `steps` times.
+
+        The next step is started before tokens are yielded: the device works while the caller looks at them.
+
+        Args:
+          prompts: as of `prefill`; the longest and the new tokens together must fit max_length.
+          temperature: 0 always takes the likeliest token; else what divides the logits, and needs a key.
+          key: of `jax.random.key`; the same key gives the same tokens on the same device.
+        Raises:
+          ValueError: it does not fit, or a temperature without a key.
+        """
+        if steps < 1:
+            raise ValueError(f"decode: steps must be positive, got {steps}")
+        if temperature < 0:
+            raise ValueError(f"decode: temperature must be 0 or more, got {temperature}")
+        if (longest := max(map(len, prompts), default=0)) + steps > self.max_length:
+            raise ValueError(
+                f"decode: a prompt of {longest} tokens and steps={steps} do not fit max_length={self.max_length}"
+            )
+        logits, cache = self.prefill(prompts)
+        heat, key = (jnp.float32(temperature), key) if temperature else (None, None)
+        tokens, key = self._draw(logits, key, heat)
+        return self._decode(self._place(tokens), cache, steps, key, heat)
+
+    def _decode(self, tokens, cache, steps, key, temperature) -> Iterator[np.ndarray]:
+        for step in range(1, steps + 1):
+            current = tokens
+            if step < steps:
+                current = jnp.copy(tokens)
+                tokens, cache, key = self.next_tokens(tokens, cache, key, temperature)
+            yield np.asarray(current)
 
     def generate(
         self,
@@ -704,43 +746,19 @@ class Decoder:
         seed: int = 0,
         stop: Container[int] = (),
     ) -> Iterator[int]:
-        """Yields new tokens one by one until max_new_tokens or one of `stop`, which is not yielded.
-
-        The next step is started before a token is yielded: the device works while the caller prints.
+        """Yields new tokens of one sequence, one by one, until max_new_tokens or one of `stop`, which is not yielded.
 
         Args:
           prompt: token ids; len(prompt) + max_new_tokens must fit max_length.
-          temperature: 0 always takes the likeliest token; else what divides the logits.
+          temperature: as of `decode`.
           seed: of the random numbers; the same seed gives the same text on the same device.
         Raises:
           ValueError: it does not fit, or the decoder was made for more than one sequence.
         """
         if self.batch != 1:
             raise ValueError(f"generate: wanted a Decoder with batch=1, got batch={self.batch}")
-        if max_new_tokens < 1:
-            raise ValueError(f"generate: max_new_tokens must be positive, got {max_new_tokens}")
-        if temperature < 0:
-            raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
-        if len(prompt) + max_new_tokens > self.max_length:
-            raise ValueError(
-                f"generate: a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} do not "
-                f"fit max_length={self.max_length}"
-            )
-        key, heat = (jax.random.key(seed), jnp.float32(temperature)) if temperature else (None, None)
-        return self._generate(prompt, max_new_tokens, key, heat, stop)
-
-    def _generate(self, prompt, count, key, temperature, stop) -> Iterator[int]:
-        logits, cache = self.prefill([prompt])
-        token, key = self._draw(logits, key, temperature)
-        read = jnp.zeros_like(token)
-        for i in range(1, count + 1):
-            current = token
-            if i < count:
-                token, cache, key = self.next_tokens(current, cache, key, temperature, out=read)
-            if (value := int(current[0])) in stop:
-                return
-            read = current
-            yield value
+        steps = self.decode([prompt], max_new_tokens, temperature=temperature, key=jax.random.key(seed))
+        return itertools.takewhile(lambda token: token not in stop, (int(tokens[0]) for tokens in steps))
 
     def _check(self, prompts, lengths) -> None:
         if len(lengths) != self.batch:

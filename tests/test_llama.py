@@ -236,25 +236,22 @@ def test_next_tokens_are_drawn_from_a_steps_logits(temperature):
     for _ in range(6):
         logits, cache = decoder.step(wanted[-1], cache)
         tokens, key = draw(logits, key, temperature)
-        wanted.append(tokens)
+        wanted.append(np.asarray(tokens))
 
     logits, cache = decoder.prefill(prompts)
     key = draw(logits, jax.random.key(1), temperature)[1]
-    got = [first]
-    for _ in range(6):
-        tokens, cache, key = decoder.next_tokens(got[-1], cache, key, temperature)
-        got.append(tokens)
-    np.testing.assert_array_equal(got, wanted)
+    tokens = jnp.copy(first)
+    for i in range(1, 7):
+        at = [a.unsafe_buffer_pointer() for a in (tokens, cache.lengths, cache.keys[0])]
+        last = tokens
+        tokens, cache, key = decoder.next_tokens(tokens, cache, key, temperature)
+        np.testing.assert_array_equal(tokens, wanted[i])
+        assert last.is_deleted()
+        assert [a.unsafe_buffer_pointer() for a in (tokens, cache.lengths, cache.keys[0])] == at
     assert cache.lengths.tolist() == [8, 10]
-    _, cache = decoder.prefill(prompts)
-    key, older = draw(logits, jax.random.key(1), temperature)[1], jnp.zeros_like(first)
-    at = older.unsafe_buffer_pointer(), cache.lengths.unsafe_buffer_pointer()
-    tokens, cache, key = decoder.next_tokens(first, cache, key, temperature, out=older)
-    np.testing.assert_array_equal(tokens, wanted[1])
-    assert at == (tokens.unsafe_buffer_pointer(), cache.lengths.unsafe_buffer_pointer())
     if not temperature:
         _, cache = decoder.prefill(prompts)
-        tokens, cache, key = decoder.next_tokens(first, cache)
+        tokens, cache, key = decoder.next_tokens(np.asarray(first), cache)
         assert key is None
         np.testing.assert_array_equal(tokens, wanted[1])
 
@@ -409,14 +406,38 @@ def test_from_weights_takes_exactly_the_weights_it_needs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 7}, "2 tokens and max_new_tokens=7 do not fit max_length=8"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be positive, got 0"),
-        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"steps": 7}, "2 tokens and steps=7 do not fit max_length=8"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"steps": 1, "temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"steps": 1, "temperature": 1.0}, "needs a key"),
+        ({"steps": 1, "prompts": []}, "wanted batch=1 prompts, got 0"),
     ],
 )
-def test_wrong_generate_arguments(arguments, message):
+def test_wrong_decode_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Decoder(random_model(SMALL), max_length=8).generate([1, 2], **arguments)
+        Decoder(random_model(SMALL), max_length=8).decode(**{"prompts": [[1, 2]], **arguments})
+
+
+def test_generate_is_for_one_sequence():
+    with pytest.raises(ValueError, match="wanted a Decoder with batch=1, got batch=2"):
+        Decoder(random_model(SMALL), max_length=8, batch=2).generate([1, 2], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_decode_goes_on_with_all_sequences(temperature):
+    model = random_model(SMALL)
+    prompts = [[5, 3, 8], [7], [1, 2]]
+    decoder = Decoder(model, max_length=16, batch=3)
+    got = list(decoder.decode(prompts, 13, temperature=temperature, key=jax.random.key(3)))
+    assert len(got) == 13 and all(tokens.shape == (3,) for tokens in got)
+
+    logits, cache = decoder.prefill(prompts)
+    tokens, key = draw(logits, jax.random.key(3), temperature)
+    for wanted in got:
+        np.testing.assert_array_equal(tokens, wanted)
+        if wanted is not got[-1]:
+            logits, cache = decoder.step(tokens, cache)
+            tokens, key = draw(logits, key, temperature)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,11 @@ def _stream(lm: shared.LanguageModel, prompt: list[int], arguments: argparse.Nam
     decoder = Decoder(lm.decoder, max_length=len(prompt) + arguments.max_new_tokens)
     started = time.perf_counter()
     # Two tokens compile all there is: the second needs the decode step.
-    list(decoder.generate(prompt, max_new_tokens=min(2, arguments.max_new_tokens)))
+    list(
+        decoder.generate(
+            prompt, max_new_tokens=min(2, arguments.max_new_tokens), temperature=arguments.temperature
+        )
+    )
     compiled = time.perf_counter()
     decoder.prefill([prompt])[0].block_until_ready()
     prefilled = time.perf_counter()

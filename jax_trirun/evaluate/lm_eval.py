@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .scoring import Scorer, batches, bucket
@@ -197,18 +196,12 @@ class DecoderLM(TemplateLM):
         self, prompts: list[list[int]], until: Sequence[str], count: int, temperature: float, key: jax.Array
     ) -> list[str]:
         """At most GENERATE_BATCH prompts, decoded side by side."""
-        from flax_layers.llama import draw
-
         decoder = self._decoder(bucket(max(map(len, prompts)) + count, self.max_length))
         padding = [[self.prefix_token_id]] * (GENERATE_BATCH - len(prompts))
-        logits, cache = decoder.prefill([*prompts, *padding])
         new: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
-        warmth = jnp.float32(temperature) if temperature else None
-        tokens, draws = draw(logits, key, warmth)
-        read = jnp.zeros_like(tokens)
-        for step in range(count):
-            for i, token in enumerate(np.asarray(tokens)[: len(prompts)].tolist()):
+        for tokens in decoder.decode([*prompts, *padding], count, temperature=temperature, key=key):
+            for i, token in enumerate(tokens[: len(prompts)].tolist()):
                 if i in texts:
                     continue
                 if token == self._tokenizer.eos:
@@ -219,10 +212,8 @@ class DecoderLM(TemplateLM):
                 ends = [text.find(stop) for stop in until if stop and stop in text]
                 if ends:
                     texts[i] = text[: min(ends)]
-            if len(texts) == len(prompts) or step == count - 1:
+            if len(texts) == len(prompts):
                 break
-            following, cache, draws = decoder.next_tokens(tokens, cache, draws, warmth, out=read)
-            tokens, read = following, tokens
         return [texts.get(i, self._tokenizer.decode(new[i])) for i in range(len(prompts))]
 
     def _decoder(self, slots: int) -> Any:
