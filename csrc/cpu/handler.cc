@@ -61,7 +61,10 @@ struct SharedWork {
 
   void wait() {
     // What other threads still work on is one task each: to sleep and be woken takes longer than most of them.
-    for (int i = 0; i < kSpins && !finished(); ++i) pause();
+    for (int i = 0; i < kSpins; ++i) {
+      if (finished()) return;
+      pause();
+    }
     std::unique_lock<std::mutex> lock(mutex);
     all_done.wait(lock, [&] { return finished(); });
   }
@@ -81,11 +84,10 @@ struct SharedWork {
 // The caller works too, and waits only for tasks that some running thread has taken: it cannot
 // deadlock, even when it is itself one of the pool's threads and the others are busy.
 ParallelFor on_pool(ffi::ThreadPool& pool) {
-  return [&pool](int64_t tasks, const std::function<void(int64_t)>& body) {
-    if (tasks <= 0) return;
-    const int limit = max_threads.load(std::memory_order_relaxed);
-    int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-    if (limit > 0) threads = std::min<int64_t>(threads, limit);
+  const int limit = max_threads.load(std::memory_order_relaxed);
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  if (limit > 0) threads = std::min<int64_t>(threads, limit);
+  const auto run = [&pool, threads](int64_t tasks, const std::function<void(int64_t)>& body) {
     const int64_t helpers = std::min(tasks, threads) - 1;
     if (helpers <= 0) {
       for (int64_t task = 0; task < tasks; ++task) body(task);
@@ -96,6 +98,7 @@ ParallelFor on_pool(ffi::ThreadPool& pool) {
     work->take_tasks();
     work->wait();
   };
+  return {run, threads};
 }
 
 // ---- matmul -------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@
 
 namespace jax_trirun::cpu {
 
-// Runs body(0) .. body(tasks - 1), possibly at the same time on several threads, and returns when all
-// are done. The results of a matmul do not depend on how it spreads them.
-using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t task)>& body)>;
+// Threads to work on. The results of a matmul depend neither on their number nor on who does what.
+struct ParallelFor {
+  // Runs body(0) .. body(tasks - 1), possibly at the same time, and returns when all are done.
+  std::function<void(int64_t tasks, const std::function<void(int64_t task)>& body)> run;
+  int64_t threads;  // that do so, the caller's among them
+};
 
 struct MatmulArgs {
   Problem problem;

@@ -170,7 +170,7 @@ struct Packing {
     if (tasks == 1) {
       body(0);
     } else {
-      parallel_for(tasks, body);
+      parallel_for.run(tasks, body);
     }
   }
 };
