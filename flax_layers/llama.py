@@ -207,13 +207,21 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     Returns: [B, T, H * D].
     """
     batch, tokens, heads, width = q.shape
-    q = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], width)
-    scores = jnp.einsum("btgrd,bgsd->bgrts", q, k, preferred_element_type=jnp.float32)
-    visible = jnp.arange(k.shape[2]) <= positions[..., None]  # [B, T, S]
+    _, groups, slots, _ = k.shape
+    # Not by einsum, which takes its operands the other way round: then values are transposed first on a CPU, and
+    # scores, which softmax wants slot by slot, lie the other way.
+    q = q.reshape(batch, tokens, groups, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
+    scores = jax.lax.dot_general(
+        q, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    ).reshape(batch, groups, -1, tokens, slots)
+    visible = jnp.arange(slots) <= positions[..., None]  # [B, T, S]
     scores = jnp.where(visible[:, None, None], scores * width**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bgrts,bgsd->btgrd", weights, v, preferred_element_type=jnp.float32)
-    return mixed.astype(v.dtype).reshape(batch, tokens, heads * width)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, groups, -1, slots)
+    mixed = jax.lax.dot_general(
+        weights, v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+    ).astype(v.dtype)
+    mixed = mixed.reshape(batch, groups, -1, tokens, width).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, tokens, heads * width)
 
 
 def _store(slots: jax.Array, starts: jax.Array, new: jax.Array) -> jax.Array:
