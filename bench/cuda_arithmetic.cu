@@ -233,35 +233,53 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1)
 #endif
 }
 
-// Nothing but 32 mma.sync a unit: dense ones of 16 of K, or sparse ones of 32, which could take the codes as the
-// positions of A's values (each picks one of four rows of B: -x, 0, x and 2x), but twice as many of them.
-template <bool kSparse>
-__global__ void __launch_bounds__(512, 1) multiply_only(float* out, long long* clocks) {
-  float d[8][4] = {};
-  uint32_t a[4], b[4], positions[8];
+// mma.sync among so many LOP3 and HFMA2, spread evenly, none of which waits for another. A unit of words takes 16 dense
+// ones, of 16 of K, for eight tokens; or 32 sparse ones, of 32, which could take the codes as the positions of A's
+// values (each picks one of four rows of B: -x, 0, x and 2x).
+template <bool kSparse, int kMmas, int kLop3s, int kHfma2s>
+__global__ void __launch_bounds__(512, 1) multiply_among(float* out, long long* clocks) {
+  constexpr int kChains = 8;
+  float d[kChains][4] = {};
+  uint32_t a[4], b[4], positions[kChains], bits[kChains], halves[kChains];
   for (int i = 0; i < 4; ++i) a[i] = opaque(0x3c00), b[i] = opaque(threadIdx.x + i);
-  for (int i = 0; i < 8; ++i) positions[i] = (threadIdx.x * 77u + i) * 2654435761u;
+  for (int i = 0; i < kChains; ++i) {
+    positions[i] = (threadIdx.x * 77u + i) * 2654435761u;
+    bits[i] = threadIdx.x * i, halves[i] = threadIdx.x + i;
+  }
   const long long start = clock64();
 #pragma unroll 1
   for (int unit = 0; unit < kUnits; ++unit) {
+    int lop3s = 0, hfma2s = 0;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      float (&c)[4] = d[i % 8];
-      if constexpr (kSparse) {
+    for (int i = 0; i < std::max(kMmas, 1); ++i) {
+      float (&c)[4] = d[i % kChains];
+      if constexpr (kMmas > 0 && kSparse) {
         asm volatile(
-            "mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-            "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+            "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
-              "r"(positions[i % 8]));
-      } else {
-        mma_m16n8k16<__half>(c, a, b[0], b[1], c);
+              "r"(positions[i % kChains]));
+      } else if constexpr (kMmas > 0) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9}, {%0, %1, %2, %3};\n"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
       }
+      const int share = i + 1, of = std::max(kMmas, 1);
+      for (; lop3s * of < share * kLop3s; ++lop3s)
+        asm volatile("lop3.b32 %0, %0, %1, %2, 0x96;\n" : "+r"(bits[lop3s % kChains]) : "r"(b[0]), "r"(b[1]));
+      for (; hfma2s * of < share * kHfma2s; ++hfma2s)
+        asm volatile("fma.rn.f16x2 %0, %0, %1, %2;\n"
+                     : "+r"(halves[hfma2s % kChains])
+                     : "r"(b[0]), "r"(b[1]));
     }
   }
   const long long end = clock64();
   float sum = 0;
   for (const auto& c : d) sum += c[0] + c[1] + c[2] + c[3];
+  for (int i = 0; i < kChains; ++i) sum += static_cast<float>(bits[i] ^ halves[i]);
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
   if (threadIdx.x == 0 && blockIdx.x == 0) *clocks = end - start;
 }
@@ -306,9 +324,9 @@ void digits_wgmma() {
          [&] { kernel<<<132, kWarpgroups * 128, kSharedBytes>>>(out, clocks); });
 }
 
-template <bool kSparse>
-void only(const char* name) {
-  const auto kernel = multiply_only<kSparse>;
+template <bool kSparse, int kMmas, int kLop3s, int kHfma2s>
+void among(const char* name) {
+  const auto kernel = multiply_among<kSparse, kMmas, kLop3s, kHfma2s>;
   report(name, 8, 16, reinterpret_cast<const void*>(kernel),
          [&] { kernel<<<132, 512, kSharedBytes>>>(out, clocks); });
 }
@@ -330,8 +348,16 @@ int main() {
   decode<Of<FloatMath, 1>, 20>("mma.sync float16", 32);
   decode<Of<FloatMath, 2>, 12>("mma.sync float16", 16);
   decode<Of<FloatMath, 2>, 16>("mma.sync float16", 16);
-  only<false>("32 mma.sync");
-  only<true>("32 mma.sp");
+  among<false, 0, 64, 0>("64 LOP3");
+  among<false, 0, 0, 64>("64 HFMA2");
+  among<false, 0, 64, 64>("64 LOP3 + 64 HFMA2");
+  among<false, 16, 0, 0>("16 mma.sync");
+  among<false, 16, 64, 0>("16 mma.sync + 64 LOP3");
+  among<false, 16, 0, 64>("16 mma.sync + 64 HFMA2");
+  among<false, 16, 64, 64>("16 mma.sync + 64 LOP3 + 64 HFMA2");
+  among<true, 32, 0, 0>("32 mma.sp");
+  among<true, 32, 48, 0>("32 mma.sp + 48 LOP3");
+  among<true, 32, 48, 64>("32 mma.sp + 48 LOP3 + 64 HFMA2");
   digits_wgmma<4, 1>();
   digits_wgmma<4, 2>();
   digits_wgmma<4, 3>();
