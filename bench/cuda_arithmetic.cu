@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1)
 // values (each picks one of four rows of B: -x, 0, x and 2x).
 template <bool kSparse, int kMmas, int kLop3s, int kHfma2s>
 __global__ void __launch_bounds__(512, 1) multiply_among(float* out, long long* clocks) {
-  constexpr int kChains = 8;
+  constexpr int kChains = 8, kRounds = std::max(kMmas, 1);
   float d[kChains][4] = {};
   uint32_t a[4], b[4], positions[kChains], bits[kChains], halves[kChains];
   for (int i = 0; i < 4; ++i) a[i] = opaque(0x3c00), b[i] = opaque(threadIdx.x + i);
@@ -251,26 +251,21 @@ __global__ void __launch_bounds__(512, 1) multiply_among(float* out, long long* 
   for (int unit = 0; unit < kUnits; ++unit) {
     int lop3s = 0, hfma2s = 0;
 #pragma unroll
-    for (int i = 0; i < std::max(kMmas, 1); ++i) {
+    for (int i = 0; i < kRounds; ++i) {
       float (&c)[4] = d[i % kChains];
       if constexpr (kMmas > 0 && kSparse) {
         asm volatile(
-            "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-            "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+            "mma.sp.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
               "r"(positions[i % kChains]));
       } else if constexpr (kMmas > 0) {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-            "{%8, %9}, {%0, %1, %2, %3};\n"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        mma_m16n8k16<__half>(c, a, b[0], b[1], c);
       }
-      const int share = i + 1, of = std::max(kMmas, 1);
-      for (; lop3s * of < share * kLop3s; ++lop3s)
+      for (; lop3s * kRounds < (i + 1) * kLop3s; ++lop3s)
         asm volatile("lop3.b32 %0, %0, %1, %2, 0x96;\n" : "+r"(bits[lop3s % kChains]) : "r"(b[0]), "r"(b[1]));
-      for (; hfma2s * of < share * kHfma2s; ++hfma2s)
+      for (; hfma2s * kRounds < (i + 1) * kHfma2s; ++hfma2s)
         asm volatile("fma.rn.f16x2 %0, %0, %1, %2;\n"
                      : "+r"(halves[hfma2s % kChains])
                      : "r"(b[0]), "r"(b[1]));
