@@ -211,15 +211,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     # Not by einsum, which takes its operands the other way round: then values are transposed first on a CPU, and
     # scores, which softmax wants slot by slot, lie the other way.
     q = q.reshape(batch, tokens, groups, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
-    scores = jax.lax.dot_general(
-        q, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    ).reshape(batch, groups, -1, tokens, slots)
+    scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups, -1, tokens, slots)
     visible = jnp.arange(slots) <= positions[..., None]  # [B, T, S]
     scores = jnp.where(visible[:, None, None], scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, groups, -1, slots)
-    mixed = jax.lax.dot_general(
-        weights, v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-    ).astype(v.dtype)
+    mixed = jnp.matmul(weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
     mixed = mixed.reshape(batch, groups, -1, tokens, width).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, tokens, heads * width)
 
