@@ -67,7 +67,7 @@ class Timed:
         decoder = Decoder(model, max_length=3 + steps, batch=batch)
         if not np.isfinite(np.asarray(decoder.prefill(prompts)[0])).all():
             raise AssertionError(f"{name} has infinities or NaN among its logits")
-        self.tokens = decoder.decode(prompts, steps)
+        self.tokens = decoder.decode(prompts, max_new_tokens=steps)
 
     def go_on(self, steps: int) -> None:
         for _ in range(steps):

@@ -19,7 +19,7 @@ Shapes: B sequences, T new tokens, S slots of the cache, H heads, D = head_dim.
     decoder = Decoder(model, max_length=512)      # compiled prefill and decode step
     logits, cache = decoder.prefill(tokens)       # [B, vocab], of the last token
     logits, cache = decoder.step(next_token, cache)
-    for tokens in decoder.decode(prompts, 100):   # [B], the likeliest, 100 times
+    for tokens in decoder.decode(prompts, max_new_tokens=100):   # [B], the likeliest
         ...
 
 On several devices, every array cut along the axes of a mesh (`SHARDING_RULES` says which along which):
@@ -705,39 +705,40 @@ class Decoder:
     def decode(
         self,
         prompts: Sequence[Sequence[int]] | np.ndarray,
-        steps: int,
         *,
+        max_new_tokens: int,
         temperature: float = 0.0,
         key: jax.Array | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yields the tokens [B] that follow `batch` prompts, `steps` times.
+        """Yields the tokens [B] that follow `batch` prompts, max_new_tokens times.
 
         The next step is started before tokens are yielded: the device works while the caller looks at them.
 
         Args:
-          prompts: as of `prefill`; the longest and the new tokens together must fit max_length.
+          prompts: as of `prefill`; the length of the longest + max_new_tokens must fit max_length.
           temperature: 0 always takes the likeliest token; else what divides the logits, and needs a key.
           key: of `jax.random.key`; the same key gives the same tokens on the same device.
         Raises:
           ValueError: it does not fit, or a temperature without a key.
         """
-        if steps < 1:
-            raise ValueError(f"decode: steps must be positive, got {steps}")
+        if max_new_tokens < 1:
+            raise ValueError(f"Decoder: max_new_tokens must be positive, got {max_new_tokens}")
         if temperature < 0:
-            raise ValueError(f"decode: temperature must be 0 or more, got {temperature}")
-        if (longest := max(map(len, prompts), default=0)) + steps > self.max_length:
+            raise ValueError(f"Decoder: temperature must be 0 or more, got {temperature}")
+        if (longest := max(map(len, prompts), default=0)) + max_new_tokens > self.max_length:
             raise ValueError(
-                f"decode: a prompt of {longest} tokens and steps={steps} do not fit max_length={self.max_length}"
+                f"Decoder: a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not "
+                f"fit max_length={self.max_length}"
             )
         logits, cache = self.prefill(prompts)
         heat, key = (jnp.float32(temperature), key) if temperature else (None, None)
         tokens, key = self._draw(logits, key, heat)
-        return self._decode(self._place(tokens), cache, steps, key, heat)
+        return self._decode(self._place(tokens), cache, max_new_tokens, key, heat)
 
-    def _decode(self, tokens, cache, steps, key, temperature) -> Iterator[np.ndarray]:
-        for step in range(1, steps + 1):
+    def _decode(self, tokens, cache, count, key, temperature) -> Iterator[np.ndarray]:
+        for i in range(1, count + 1):
             current = tokens
-            if step < steps:
+            if i < count:
                 current = jnp.copy(tokens)
                 tokens, cache, key = self.next_tokens(tokens, cache, key, temperature)
             yield np.asarray(current)
@@ -762,8 +763,10 @@ class Decoder:
         """
         if self.batch != 1:
             raise ValueError(f"generate: wanted a Decoder with batch=1, got batch={self.batch}")
-        steps = self.decode([prompt], max_new_tokens, temperature=temperature, key=jax.random.key(seed))
-        return itertools.takewhile(lambda token: token not in stop, (int(tokens[0]) for tokens in steps))
+        found = self.decode(
+            [prompt], max_new_tokens=max_new_tokens, temperature=temperature, key=jax.random.key(seed)
+        )
+        return itertools.takewhile(lambda token: token not in stop, (int(tokens[0]) for tokens in found))
 
     def _check(self, prompts, lengths) -> None:
         if len(lengths) != self.batch:

@@ -406,16 +406,25 @@ def test_from_weights_takes_exactly_the_weights_it_needs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 7}, "2 tokens and steps=7 do not fit max_length=8"),
-        ({"steps": 0}, "steps must be positive, got 0"),
-        ({"steps": 1, "temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
-        ({"steps": 1, "temperature": 1.0}, "needs a key"),
-        ({"steps": 1, "prompts": []}, "wanted batch=1 prompts, got 0"),
+        ({"max_new_tokens": 7}, "2 tokens and max_new_tokens=7 do not fit max_length=8"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive, got 0"),
+        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
     ],
 )
-def test_wrong_decode_arguments(arguments, message):
+def test_wrong_generate_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Decoder(random_model(SMALL), max_length=8).decode(**{"prompts": [[1, 2]], **arguments})
+        Decoder(random_model(SMALL), max_length=8).generate([1, 2], **arguments)
+    with pytest.raises(ValueError, match=message):
+        Decoder(random_model(SMALL), max_length=8, batch=2).decode([[1, 2], [3]], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [([[1, 2]], {"temperature": 1.0}, "needs a key"), ([], {}, "wanted batch=1 prompts, got 0")],
+)
+def test_wrong_decode_arguments(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(random_model(SMALL), max_length=8).decode(prompts, max_new_tokens=1, **options)
 
 
 def test_generate_is_for_one_sequence():
@@ -428,7 +437,7 @@ def test_decode_goes_on_with_all_sequences(temperature):
     model = random_model(SMALL)
     prompts = [[5, 3, 8], [7], [1, 2]]
     decoder = Decoder(model, max_length=16, batch=3)
-    got = list(decoder.decode(prompts, 13, temperature=temperature, key=jax.random.key(3)))
+    got = list(decoder.decode(prompts, max_new_tokens=13, temperature=temperature, key=jax.random.key(3)))
     assert len(got) == 13 and all(tokens.shape == (3,) for tokens in got)
 
     logits, cache = decoder.prefill(prompts)

@@ -342,7 +342,8 @@ def test_decoding_on_a_mesh_gives_the_logits_of_one_device(kind):
         np.testing.assert_array_equal(*tokens)
     assert share(cache.keys[0]) == 1 / 8
     for options in ({}, {"temperature": 0.7, "key": jax.random.key(1)}):
-        np.testing.assert_array_equal(*(list(d.decode(prompts, 5, **options)) for d in (one, many)))
+        wanted, got = (list(d.decode(prompts, max_new_tokens=5, **options)) for d in (one, many))
+        np.testing.assert_array_equal(got, wanted)
     text = many._step.lower(many._weights, cache, None, TOKENS[:, 0]).compile().as_text()
     # One sum for the embedding, whose vocabulary is cut, and two a block: after o_proj and down_proj.
     assert collectives(text) == ["all-reduce"] * (1 + 2 * CONFIG.num_layers)

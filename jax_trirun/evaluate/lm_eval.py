@@ -200,7 +200,9 @@ class DecoderLM(TemplateLM):
         padding = [[self.prefix_token_id]] * (GENERATE_BATCH - len(prompts))
         new: list[list[int]] = [[] for _ in prompts]
         texts: dict[int, str] = {}
-        for tokens in decoder.decode([*prompts, *padding], count, temperature=temperature, key=key):
+        for tokens in decoder.decode(
+            [*prompts, *padding], max_new_tokens=count, temperature=temperature, key=key
+        ):
             for i, token in enumerate(tokens[: len(prompts)].tolist()):
                 if i in texts:
                     continue
