@@ -65,8 +65,10 @@ class Timed:
         self.linear_bytes = sum(a.nbytes for a in jax.tree.leaves(blocks))
         prompts = [[1, 2, 3]] * batch
         decoder = Decoder(model, max_length=3 + steps, batch=batch)
-        if not np.isfinite(np.asarray(decoder.prefill(prompts)[0])).all():
-            raise AssertionError(f"{name} has infinities or NaN among its logits")
+        _, cache = decoder.prefill(prompts)
+        logits, _ = decoder.step(np.full(batch, 4, np.int32), cache)
+        if not np.isfinite(np.asarray(logits)).all():
+            raise AssertionError(f"{name} has infinities or NaN among a step's logits")
         self.tokens = decoder.decode(prompts, max_new_tokens=steps)
 
     def go_on(self, steps: int) -> None:
