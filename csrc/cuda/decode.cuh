@@ -104,39 +104,29 @@ struct DecodeSmem {
   }
 };
 
-// What the values of a token that its digits do not hold (Math::left_out) add to four features, from the
-// words in memory. Slow and rare.
-template <typename Math, int bits, typename T, typename S, int kGroupSize, bool kHasZeros>
+// What is left of a token's values that its digits do not hold entirely, times the weights of four features: from the
+// words in memory.
+template <typename Math, int bits, typename S, int kGroupSize, bool kHasZeros>
 __device__ __forceinline__ float4 sum_of_left_out(const DecodeArgs& args, const XSlice& slice,
                                                   const char* x_shared, int token, int n) {
   using L = Layout<bits>;
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
-  const T* x = static_cast<const T*>(args.x) + static_cast<int64_t>(slice.first_token + token) * args.k;
-  const float* powers = Math::powers_of(x_shared, slice, token);
-  for (int unit = 0; unit < slice.units; ++unit) {
-    const float power = powers[unit];
-    if (power > 0.f) continue;
-    const float down = -power;
-    const float up = 1.f / down;
-    const int begin = (slice.first_unit + unit) * kUnitK;
-    for (int k = begin; k < min(args.k, begin + kUnitK); ++k) {
-      const float v = Math::left_out(static_cast<float>(x[k]), up, down);
-      if (v == 0.f) continue;
-      for (int j = 0; j < 4; ++j) {
-        const int feature = n + j;
-        if (feature >= args.n) continue;
-        const WordPosition at = L::locate(k % L::kBlockK, feature % L::kBlockN);
-        const int64_t block = static_cast<int64_t>(k / L::kBlockK) * args.n_blocks + feature / L::kBlockN;
-        const uint32_t word =
-            reinterpret_cast<const uint32_t*>(args.words)[block * L::kWordsPerBlock + at.word];
-        const float code = static_cast<float>(word >> at.shift & L::kCodeMask);
-        const int64_t scale_at = static_cast<int64_t>(k / kGroupSize) * args.group_stride + feature;
-        float zero = L::kZeroPoint;
-        if constexpr (kHasZeros) zero = static_cast<float>(static_cast<const S*>(args.zeros)[scale_at]);
-        sum[j] += v * (static_cast<float>(static_cast<const S*>(args.scales)[scale_at]) * (code - zero));
-      }
+  Math::for_each_left_out(x_shared, slice, token, [&](int k_of_slice, float v) {
+    const int k = slice.first_unit * kUnitK + k_of_slice;
+    for (int j = 0; j < 4; ++j) {
+      const int feature = n + j;
+      if (feature >= args.n) continue;
+      const WordPosition at = L::locate(k % L::kBlockK, feature % L::kBlockN);
+      const int64_t block = static_cast<int64_t>(k / L::kBlockK) * args.n_blocks + feature / L::kBlockN;
+      const uint32_t word =
+          reinterpret_cast<const uint32_t*>(args.words)[block * L::kWordsPerBlock + at.word];
+      const float code = static_cast<float>(word >> at.shift & L::kCodeMask);
+      const int64_t scale_at = static_cast<int64_t>(k / kGroupSize) * args.group_stride + feature;
+      float zero = L::kZeroPoint;
+      if constexpr (kHasZeros) zero = static_cast<float>(static_cast<const S*>(args.zeros)[scale_at]);
+      sum[j] += v * (static_cast<float>(static_cast<const S*>(args.scales)[scale_at]) * (code - zero));
     }
-  }
+  });
   return make_float4(sum[0], sum[1], sum[2], sum[3]);
 }
 
@@ -335,8 +325,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
             *reinterpret_cast<const float4*>(others + i * (Smem::kPartialsPerWarp * Smem::kPartialFloats));
     if constexpr (Math::kLeavesOut) {
       if (leaves_out) {
-        sum = sum + sum_of_left_out<Math, bits, T, S, kGroupSize, kHasZeros>(
-                        args, slice, x_shared, token, (block + j) * L::kBlockN + quad);
+        sum = sum + sum_of_left_out<Math, bits, S, kGroupSize, kHasZeros>(args, slice, x_shared, token,
+                                                                          (block + j) * L::kBlockN + quad);
       }
     }
     return sum;

@@ -8,12 +8,14 @@
 //               instructions, but a token takes four of the eight columns of an mma: for one to four
 //               tokens.
 //
-// The digits lose nothing: 256 neighbouring values of a token are scaled by one power of two so that the largest
+// The digits lose nothing: 512 neighbouring values of a token are scaled by one power of two so that the largest
 // fills 30 bits and rounded there; from then on a group's sum is integer arithmetic, exact. A float16 value
 // down to 2^-19 of the largest is in its digits entirely; what is left of smaller ones (and Inf, and NaN) is
 // added at the end in float32. (Slicing a float into integer digits for exact matrix products is Ozaki's
 // scheme, doi:10.1007/s11075-011-9478-1.)
 #pragma once
+
+#include <type_traits>
 
 #include "../problem.h"
 #include "dequantize.cuh"
@@ -37,6 +39,32 @@ __device__ __forceinline__ void split_zero(float& rest, uint32_t& shift, int zer
   const T half_word = static_cast<T>(moved);
   const uint16_t half_bits = *reinterpret_cast<const uint16_t*>(&half_word);
   shift = static_cast<uint32_t>(half_bits) << 16 | half_bits;
+}
+
+// The larger magnitudes of two pairs, half by half; NaN if there is one.
+template <typename T>
+__device__ __forceinline__ uint32_t max_magnitude(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<__is_same(T, __half), __half2, __nv_bfloat162>;
+  const Pair most =
+      __hmax2_nan(__habs2(*reinterpret_cast<const Pair*>(&a)), __habs2(*reinterpret_cast<const Pair*>(&b)));
+  return *reinterpret_cast<const uint32_t*>(&most);
+}
+
+// Whether 30 bits from the largest value's first one on hold all 16 values entirely, as far as their exponents say; the
+// same for all of the warp. `exponent` is that of the largest one, as in the bits of a float.
+template <typename T>
+__device__ __forceinline__ bool all_are_held(const uint32_t (&pairs)[8], uint32_t exponent) {
+  constexpr int kMantissa = internal::Float16Format<T>::kMantissa;
+  if constexpr (__is_same(T, __half)) {
+    return exponent < 127 + 6;  // float16 ends at 2^-24
+  } else {
+    // With 2^15 more a magnitude less one is negative, but for zero, which does not count.
+    uint32_t least = 0x7fff7fffu;
+#pragma unroll
+    for (uint32_t pair : pairs) least = __vmins2(least, ((pair & 0x7fff7fffu) | 0x80008000u) - 0x00010001u);
+    const uint32_t least_exponent = (min(least << 1 >> 17, least << 17 >> 17) + 1) >> kMantissa;
+    return __all_sync(0xffffffffu, least_exponent + (29 - kMantissa) >= exponent);
+  }
 }
 
 // Two or four neighbouring scales of type S, from shared memory, as floats.
@@ -352,6 +380,10 @@ struct SliceMath {
   static constexpr bool kStagesByCopy = false;
   static constexpr int kBarriers = 0;
 
+  static constexpr int kUnitsAtOnce = 4;  // that a warp cuts
+  static constexpr int kLanesPerUnit = 32 / kUnitsAtOnce;
+  static constexpr int kValuesPerLane = kUnitK / kLanesPerUnit;
+
   // The codes stay where they are in the word's bytes, but for one shift by 2: the odd features of a
   // lane (b = 1, layout.h) come out 16 times too large, which their sums give back.
   static constexpr int kOddFactor = 16;
@@ -359,7 +391,8 @@ struct SliceMath {
 
   // Shared memory: the digits, one row a (token, digit); what the sums of a group start from, minus the
   // sum of its values, for the two columns and the two features of a lane's accumulator (all of it in the
-  // first of two columns, which are added anyway); for every token and unit its power of two.
+  // first of two columns, which are added anyway); for every token and unit its power of two; for every token and
+  // four units the lanes some of whose 16 values the digits do not hold entirely.
   static __host__ __device__ int stride(int units) { return units * kUnitK + 16; }
   static __host__ __device__ int sums_offset(int rows, int units) {
     return (rows * kDigits * stride(units) + kZeroBytes + 127) / 128 * 128;
@@ -367,28 +400,52 @@ struct SliceMath {
   static __host__ __device__ int powers_offset(int rows, int units) {
     return sums_offset(rows, units) + units * kGroups * kStartsPerGroup * 16;
   }
+  static __host__ __device__ int left_offset(int rows, int units) {
+    return powers_offset(rows, units) + kTokens * units * 4;
+  }
+  static __host__ __device__ int tasks_of(int units) { return (units + kUnitsAtOnce - 1) / kUnitsAtOnce; }
   static __host__ __device__ int bytes(int rows, int units) {
-    return (powers_offset(rows, units) + kTokens * units * 4 + 127) / 128 * 128;
+    return (left_offset(rows, units) + kTokens * tasks_of(units) * 4 + 127) / 128 * 128;
   }
 
   // Values that the digits do not hold entirely, because they are Inf or NaN, or more than 2^30 times smaller
-  // than the largest of their 256 and not round: the kernel adds what is left of them at the end, one by
-  // one. The sign of a unit's power of two says that it has some.
+  // than the largest of their 512 and not round: the kernel adds what is left of them at the end, one by
+  // one. Rare among normally distributed values, but products of them, as a gated unit's, have one in some 60,000.
   static constexpr bool kLeavesOut = true;
-  static __device__ __forceinline__ float left_out(float v, float up, float down) {
-    return fabsf(v) <= kLargestFloat ? v - rintf(v * up) * down : v;
-  }
-  static __device__ const float* powers_of(const char* shared, const XSlice& slice, int token) {
-    return reinterpret_cast<const float*>(shared + powers_offset(slice.rows, slice.stored_units)) +
-           token * slice.stored_units;
+  // leave(k, v): v is left of the value at k, counted from the slice's first.
+  template <typename Leave>
+  static __device__ __forceinline__ void for_each_left_out(const char* shared, const XSlice& slice,
+                                                           int token, const Leave& leave) {
+    const int units = slice.stored_units;
+    const uint32_t* left = reinterpret_cast<const uint32_t*>(shared + left_offset(slice.rows, units)) +
+                           token * tasks_of(units);
+    const float* powers =
+        reinterpret_cast<const float*>(shared + powers_offset(slice.rows, units)) + token * units;
+    const int begin = slice.first_unit * kUnitK;
+    const T* x =
+        static_cast<const T*>(slice.x) + static_cast<int64_t>(slice.first_token + token) * slice.k + begin;
+    for (int task = 0; task < tasks_of(slice.units); ++task) {
+      for (uint32_t lanes = left[task]; lanes != 0; lanes &= lanes - 1) {
+        const int first = task * kUnitsAtOnce * kUnitK + (__ffs(lanes) - 1) * kValuesPerLane;
+        const float down = powers[first / kUnitK];
+        const float up = 1.f / down;
+        for (int k = first; k < min(first + kValuesPerLane, slice.k - begin); ++k) {
+          const float v = static_cast<float>(x[k]);
+          const float rest = fabsf(v) <= kLargestFloat ? v - rintf(v * up) * down : v;
+          if (rest != 0.f) leave(k, rest);
+        }
+      }
+    }
   }
 
-  // Cutting: a warp takes two units of a token at a time, a lane eight neighbouring values. The values of the first
-  // few such tasks are asked for before the words are: behind those they would wait for some 2,500 clocks each.
-  static constexpr int kUnitsAtOnce = 2;
-  static constexpr int kAhead = kTokens > 2 ? 8 : 4;
+  // Cutting: a task is four units of a token for a warp, 16 neighbouring values for a lane. The values of the first few
+  // tasks are asked for before the words are: behind those they would wait for some 2,500 clocks each.
+  static constexpr int kAhead = kTokens > 2 ? 4 : 2;
+  struct Values {
+    uint4 half[2];
+  };
   struct FirstValues {
-    uint4 task[kAhead];
+    Values task[kAhead];
   };
 
   // Which token, and which of its units, a warp cuts.
@@ -404,30 +461,30 @@ struct SliceMath {
     const int unit = threadIdx.x / 32 * kUnitsAtOnce;
     return {unit < slice.units ? 0 : slice.rows, unit};
   }
-  static __device__ __forceinline__ uint4 load(const XSlice& slice, const Task& task) {
-    const int k = task.unit * kUnitK + threadIdx.x % 32 * 8;
+  static __device__ __forceinline__ Values load(const XSlice& slice, const Task& task) {
+    const int k = task.unit * kUnitK + threadIdx.x % 32 * kValuesPerLane;
     const int begin = slice.first_unit * kUnitK;
-    const T* row =
+    const int end = min(slice.k - begin, slice.units * kUnitK);
+    const T* const slice_x =
         static_cast<const T*>(slice.x) + (static_cast<int64_t>(slice.first_token) * slice.k + begin);
-    uint4 raw = make_uint4(0, 0, 0, 0);
-    if (task.is_real(slice) && k < min(slice.k - begin, slice.units * kUnitK))
-      raw = __ldg(reinterpret_cast<const uint4*>(row + (task.token * slice.k + k)));
-    return raw;
+    const uint4* const from = reinterpret_cast<const uint4*>(slice_x + (task.token * slice.k + k));
+    Values values = {};
+    if (task.is_real(slice)) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (k + i * 8 < end) values.half[i] = __ldg(from + i);
+      }
+    }
+    return values;
   }
   static __device__ __forceinline__ void load_first(FirstValues& first, const XSlice& slice) {
     Task task = first_task(slice);
-    auto load_next = [&](int i) {
-      first.task[i] = load(slice, task);
-      task.advance(slice);
-    };
-    // Few warps have more than two, and every instruction delays the words.
+    // Few warps have more than one, and every instruction delays the words.
 #pragma unroll
-    for (int i = 0; i < kAhead; i += 2) {
-      first.task[i] = first.task[i + 1] = make_uint4(0, 0, 0, 0);
-      if (i == 0 || task.is_real(slice)) {
-        load_next(i);
-        load_next(i + 1);
-      }
+    for (int i = 0; i < kAhead; ++i) {
+      first.task[i] = {};
+      if (i == 0 || task.is_real(slice)) first.task[i] = load(slice, task);
+      task.advance(slice);
     }
   }
 
@@ -440,109 +497,104 @@ struct SliceMath {
     Task ahead = task;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ahead.advance(slice);
-    const auto cut_next = [&](uint4& value, uint4& to) {
-      leaves_out |= cut(shared, slice, task, value);
-      to = load(slice, ahead);
+    // Mostly all values are here already, and a short loop is there sooner than a long one.
+#pragma unroll 1
+    while (task.is_real(slice)) {
+      leaves_out |= cut(shared, slice, task, values.task[0]);
+#pragma unroll
+      for (int i = 1; i < kAhead; ++i) values.task[i - 1] = values.task[i];
+      values.task[kAhead - 1] = load(slice, ahead);
       task.advance(slice);
       ahead.advance(slice);
-    };
-    if constexpr (kTokens > 2) {
-      // Many tasks: a value stays in the registers it was loaded to, as moving it would wait for it.
-      while (task.is_real(slice)) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (task.is_real(slice)) cut_next(values.task[i], values.task[i]);
-        }
-      }
-    } else {
-      // Mostly all of them are here already, and a short loop is there sooner.
-#pragma unroll 1
-      while (task.is_real(slice)) {
-        uint4 value = values.task[0];
-#pragma unroll
-        for (int i = 1; i < kAhead; ++i) values.task[i - 1] = values.task[i];
-        cut_next(value, values.task[kAhead - 1]);
-      }
     }
     return leaves_out;
   }
 
+  // The largest magnitude of a lane's values, as the bits of a T.
+  static __device__ __forceinline__ uint32_t largest_of(const uint32_t (&pairs)[8]) {
+    uint32_t most = max_magnitude<T>(pairs[0], pairs[1]);
+#pragma unroll
+    for (int i = 2; i < 8; ++i) most = max_magnitude<T>(most, pairs[i]);
+    return max(most >> 16, most & 0xffffu);
+  }
+
   static __device__ __forceinline__ bool cut(char* shared, const XSlice& slice, const Task& task,
-                                             const uint4& raw) {
+                                             const Values& values) {
     const int lane = threadIdx.x % 32;
-    // Byte j of word t of a digit's row is k = 2t + {0, 8, 1, 9}[j], as in a packed word (layout.h): two
-    // neighbouring lanes have all of 16 values, and make two of the four words each.
-    const bool odd = lane % 2 == 1;
-    const uint32_t other[2] = {__shfl_xor_sync(0xffffffffu, odd ? raw.x : raw.z, 1),
-                               __shfl_xor_sync(0xffffffffu, odd ? raw.y : raw.w, 1)};
-    const uint32_t pair[4] = {odd ? other[0] : raw.x,
-                              odd ? raw.z : other[0],  // of the first word: k, k + 8
-                              odd ? other[1] : raw.y, odd ? raw.w : other[1]};
-    float v[8];
-    uint32_t largest = 0;  // magnitudes are ordered like their bits
+    const uint4(&h)[2] = values.half;
+    uint32_t pairs[8] = {h[0].x, h[0].y, h[0].z, h[0].w, h[1].x, h[1].y, h[1].z, h[1].w};
+    const uint32_t of_lane = largest_of(pairs);
+    uint32_t largest = __reduce_max_sync(0xffffffffu, of_lane);
+    constexpr int kMantissa = internal::Float16Format<T>::kMantissa;
+    constexpr uint32_t kInfinity = 0x7fffu >> kMantissa << kMantissa;
+    bool leaves_out = false;     // this lane
+    if (largest >= kInfinity) {  // Inf or NaN: left out
+      leaves_out = of_lane >= kInfinity;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v[i] = static_cast<float>(reinterpret_cast<const T*>(pair)[i]);
-      largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
-    }
-    bool leaves_out = false;
-    largest = __reduce_max_sync(0xffffffffu, largest);
-    if (largest >= 0x7f800000u) {  // Inf or NaN: left out
-      leaves_out = true;
-      largest = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (!(fabsf(v[i]) <= kLargestFloat)) v[i] = 0.f;
-        largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
+      for (uint32_t& pair : pairs) {
+        if ((pair & 0x7fffu) >= kInfinity) pair &= 0xffff0000u;
+        if ((pair >> 16 & 0x7fffu) >= kInfinity) pair &= 0xffffu;
       }
-      largest = __reduce_max_sync(0xffffffffu, largest);
+      largest = __reduce_max_sync(0xffffffffu, largest_of(pairs));
     }
     // A power of two that brings the largest below 2^30; it and its inverse are normal numbers.
-    const uint32_t exponent = max(largest >> 23, 30u);
+    const T largest_value = *reinterpret_cast<const T*>(&largest);
+    const uint32_t exponent = max(__float_as_uint(static_cast<float>(largest_value)) >> 23, 30u);
     const float up = __uint_as_float((283 - exponent) << 23);
     const float down = __uint_as_float((exponent - 29) << 23);
-    uint32_t fixed[8];
+    // Balanced digits: adding 128 to each of the lower three makes bytes of them.
+    const auto fixed_of = [&](int i, int j) {
+      const T v = reinterpret_cast<const T*>(&pairs[i])[j];
+      return __float2int_rn(static_cast<float>(v) * up);
+    };
+    // Byte j of word t of a digit's row is k = 2t + {0, 8, 1, 9}[j], as in a packed word (layout.h).
+    uint32_t digit[kDigits][4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      // Balanced digits: adding 128 to each of the lower three makes bytes of them.
-      const float scaled = v[i] * up;
-      const int whole = __float2int_rn(scaled);
-      leaves_out |= __int2float_rn(whole) != scaled;
-      fixed[i] = static_cast<uint32_t>(whole) + 0x00808080u;
+    for (int t = 0; t < 4; ++t) {
+      uint32_t fixed[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        fixed[j] = static_cast<uint32_t>(fixed_of(t + j % 2 * 4, j / 2)) + 0x00808080u;
+      const uint32_t low01 = __byte_perm(fixed[0], fixed[1], 0x5140);   // digits 0, 0', 1, 1'
+      const uint32_t high01 = __byte_perm(fixed[0], fixed[1], 0x7362);  // digits 2, 2', 3, 3'
+      const uint32_t low23 = __byte_perm(fixed[2], fixed[3], 0x5140);
+      const uint32_t high23 = __byte_perm(fixed[2], fixed[3], 0x7362);
+      digit[0][t] = __byte_perm(low01, low23, 0x5410) ^ 0x80808080u;
+      digit[1][t] = __byte_perm(low01, low23, 0x7632) ^ 0x80808080u;
+      digit[2][t] = __byte_perm(high01, high23, 0x5410) ^ 0x80808080u;
+      digit[3][t] = __byte_perm(high01, high23, 0x7632);
     }
-    leaves_out = __any_sync(0xffffffffu, leaves_out);
-    uint32_t digit[kDigits][2];
+    if (!all_are_held<T>(pairs, exponent)) {
+#pragma unroll
+      for (int i = 0; i < kValuesPerLane; ++i) {
+        const float scaled = static_cast<float>(reinterpret_cast<const T*>(pairs)[i]) * up;
+        leaves_out |= rintf(scaled) != scaled;
+      }
+    }
+    const uint32_t left = __ballot_sync(0xffffffffu, leaves_out);
     int sum[2] = {0, 0};  // of the number that the lower two digits make, and of that of the higher two
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      const uint32_t low01 = __byte_perm(fixed[4 * w], fixed[4 * w + 2], 0x5140);   // digits 0, 0', 1, 1'
-      const uint32_t high01 = __byte_perm(fixed[4 * w], fixed[4 * w + 2], 0x7362);  // digits 2, 2', 3, 3'
-      const uint32_t low23 = __byte_perm(fixed[4 * w + 1], fixed[4 * w + 3], 0x5140);
-      const uint32_t high23 = __byte_perm(fixed[4 * w + 1], fixed[4 * w + 3], 0x7362);
-      digit[0][w] = __byte_perm(low01, low23, 0x5410) ^ 0x80808080u;
-      digit[1][w] = __byte_perm(low01, low23, 0x7632) ^ 0x80808080u;
-      digit[2][w] = __byte_perm(high01, high23, 0x5410) ^ 0x80808080u;
-      digit[3][w] = __byte_perm(high01, high23, 0x7632);
-    }
 #pragma unroll
     for (int d = kDigits - 1; d >= 0; --d) {
       if (d % 2 == 0) sum[d / 2] *= 256;
-      sum[d / 2] = __dp4a(static_cast<int>(digit[d][0]), 0x01010101, sum[d / 2]);
-      sum[d / 2] = __dp4a(static_cast<int>(digit[d][1]), 0x01010101, sum[d / 2]);
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+        sum[d / 2] = __dp4a(static_cast<int>(digit[d][t]), 0x01010101, sum[d / 2]);
     }
-    constexpr int kLanesPerGroup = kGroupSize / 8;
+    constexpr int kLanesPerGroup = kGroupSize / kValuesPerLane;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int step = 1; step < kLanesPerGroup; step *= 2)
         sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
     }
-    if (task.unit + lane / 16 < slice.units) {
+    if (task.unit + lane / kLanesPerUnit < slice.units) {
       const int row_bytes = stride(slice.stored_units);
-      char* const to = shared + task.token * kDigits * row_bytes + task.unit * kUnitK + lane * 8;
+      char* const to =
+          shared + task.token * kDigits * row_bytes + task.unit * kUnitK + lane * kValuesPerLane;
 #pragma unroll
       for (int d = 0; d < kDigits; ++d)
-        *reinterpret_cast<uint2*>(to + d * row_bytes) = make_uint2(digit[d][0], digit[d][1]);
+        *reinterpret_cast<uint4*>(to + d * row_bytes) =
+            make_uint4(digit[d][0], digit[d][1], digit[d][2], digit[d][3]);
       if (lane % kLanesPerGroup == 0) {
         int4* const start = reinterpret_cast<int4*>(shared + sums_offset(slice.rows, slice.stored_units)) +
                             (task.unit * kGroups + lane / kLanesPerGroup) * kStartsPerGroup +
@@ -550,13 +602,21 @@ struct SliceMath {
         start[0] = make_int4(-sum[0], 0, -sum[0] * kOddFactor, 0);
         start[1] = make_int4(-sum[1], 0, -sum[1] * kOddFactor, 0);
       }
-      if (lane % 16 == 0) {
+      if (lane % kLanesPerUnit == 0) {
         float* const powers =
             reinterpret_cast<float*>(shared + powers_offset(slice.rows, slice.stored_units));
-        powers[task.token * slice.stored_units + task.unit + lane / 16] = leaves_out ? -down : down;
+        powers[task.token * slice.stored_units + task.unit + lane / kLanesPerUnit] = down;
+      }
+      if (lane == 0) {
+        reinterpret_cast<uint32_t*>(
+            shared +
+            left_offset(
+                slice.rows,
+                slice.stored_units))[task.token * tasks_of(slice.stored_units) + task.unit / kUnitsAtOnce] =
+            left;
       }
     }
-    return leaves_out;
+    return left != 0;
   }
   static __device__ void stage_sums(char*, const XSlice&) {}
 
@@ -649,7 +709,7 @@ struct SliceMath {
 #pragma unroll
     for (int m = 0; m < kColumnTiles; ++m) {
       const uint32_t power = load_shared_4(power_at + m * kTokensPerTile * slice.stored_units * 4);
-      const float value = fabsf(__uint_as_float(power)) * digit_value;
+      const float value = __uint_as_float(power) * digit_value;
       const float values[2] = {value, value * (1.f / kOddFactor)};
 #pragma unroll
       for (int i = 0; i < L::kTiles; ++i) {
