@@ -645,7 +645,7 @@ class Decoder:
             return jax.jit(program, donate_argnums=(1, 2, *donated), keep_unused=True)
 
         self._prefill, self._step = compiled(prefill), compiled(step)
-        self._next_tokens, self._draw = compiled(next_tokens, 3, 4), jax.jit(draw)
+        self._next_tokens, self._draw = compiled(next_tokens, 4), jax.jit(draw)
 
     def prefill(self, prompts: Sequence[Sequence[int]] | np.ndarray) -> tuple[jax.Array, KVCache]:
         """Reads `batch` prompts, of any lengths, into a new cache.
@@ -686,8 +686,7 @@ class Decoder:
         """A step, and a token drawn from each sequence's logits, in one program: faster than `step` and `sample`.
 
         Args:
-          tokens: [B] int32, the last ones; donated, as the cache and the key are, and the next ones take their place.
-            So a GPU finds all it needs where it was and runs its CUDA graph as it is. Copy tokens to keep them.
+          tokens: [B] int32, the last ones; not donated, as the cache and the key are.
           key: of `jax.random.key`.
           temperature: None takes the likeliest and needs no key, and 0 does, whatever the key. An array of the
             device's spares the host a copy for every step.
@@ -699,7 +698,7 @@ class Decoder:
         return tokens, cache, key
 
     def _place(self, tokens: Any) -> jax.Array:
-        """Tokens [B] as `next_tokens` gives them, so that the next ones find room there."""
+        """Tokens [B] as `next_tokens` gives them, for which it is compiled."""
         return place(tokens, jnp.int32, self.rules.sharding_of_shape((self.batch,), "batch"))
 
     def decode(
@@ -738,8 +737,8 @@ class Decoder:
     def _decode(self, tokens, cache, count, key, temperature) -> Iterator[np.ndarray]:
         for i in range(1, count + 1):
             current = tokens
+            current.copy_to_host_async()  # now: on a GPU what is asked for later comes after the next step
             if i < count:
-                current = jnp.copy(tokens)
                 tokens, cache, key = self.next_tokens(tokens, cache, key, temperature)
             yield np.asarray(current)
 
