@@ -420,7 +420,7 @@ def test_wrong_generate_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
-    [([[1, 2]], {"temperature": 1.0}, "needs a key"), ([], {}, "wanted batch=1 prompts, got 0")],
+    [([[1, 2]], {"temperature": 1.0}, r"\(1.0\) needs a key"), ([], {}, "wanted batch=1 prompts, got 0")],
 )
 def test_wrong_decode_arguments(prompts, options, message):
     with pytest.raises(ValueError, match=message):
