@@ -28,7 +28,7 @@ SHAPES = (
     (33, 320, 200, 64),
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
-LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 4096, 12704, -1))
+LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 8192, 13216, -1))
 # Rows enough for the kernels for many tokens; whole tiles, and tiles that several blocks share; the last four are
 # enough for a thread block to go round its ring.
 GEMM_SHAPES = (

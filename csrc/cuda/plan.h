@@ -51,8 +51,10 @@ struct DecodePlan {
   int64_t clocks = 0;  // estimated, of kernels with clusters
 };
 
-// Whether every multiprocessor has several n-blocks of its own (4096 x 14336 and wider, on 132 of them).
-inline bool is_wide(const Problem& problem, int sms) { return problem.n_blocks<2>() >= 3 * sms; }
+// Whether every multiprocessor has many units of 128 x 32 weights (4096 x 28672 and larger, on 132 of them).
+inline bool is_large(const Problem& problem, int sms) {
+  return ceil_div(problem.k, 128) * problem.n_blocks<2>() >= 200 * int64_t{sms};
+}
 
 // The kernel for M tokens of an N x K problem on a GPU with `sms` multiprocessors.
 inline DecodeKernel choose_decode_kernel(const Problem& problem, int sms, bool portable) {
@@ -62,7 +64,7 @@ inline DecodeKernel choose_decode_kernel(const Problem& problem, int sms, bool p
   // together from its digits' takes long, too: with groups of 32, 8192 x 57344 takes 65 us this way and 53 the other.
   const bool large_groups =
       problem.groups == 1 || problem.group_size() >= shape_of(DecodeKernel::kSlices2).smallest_group;
-  if (problem.m <= 4 && large_groups && is_wide(problem, sms)) return DecodeKernel::kSlices2;
+  if (problem.m <= 4 && large_groups && is_large(problem, sms)) return DecodeKernel::kSlices2;
   return problem.m <= 8 ? DecodeKernel::kFloat1 : DecodeKernel::kFloat2;
 }
 
@@ -88,8 +90,8 @@ struct DecodeCosts {
 };
 constexpr DecodeCosts costs_of(DecodeKernel kernel) {
   switch (kernel) {
-    case DecodeKernel::kSlices1: return {5500, 1600, 400, 234, 29, 3900, 21};
-    case DecodeKernel::kSlices2: return {7000, 1600, 480, 263, 30, 3500, 39};
+    case DecodeKernel::kSlices1: return {5500, 1400, 400, 234, 10, 3900, 21};
+    case DecodeKernel::kSlices2: return {7000, 1600, 480, 263, 20, 3500, 39};
     case DecodeKernel::kFloat1: return {5400, 1200, 150, 365, 9, 2600, 28};
     case DecodeKernel::kFloat2: return {5000, 900, 400, 480, 12, 1100, 31};
     default: return {};
