@@ -725,7 +725,9 @@ class Decoder:
         if temperature < 0:
             raise ValueError(f"Decoder: temperature must be 0 or more, got {temperature}")
         if temperature and key is None:
-            raise ValueError(f"Decoder: a temperature ({temperature}) needs a key, as jax.random.key gives it")
+            raise ValueError(
+                f"Decoder: a temperature ({temperature}) needs a key, as jax.random.key gives it"
+            )
         if (longest := max(map(len, prompts), default=0)) + max_new_tokens > self.max_length:
             raise ValueError(
                 f"Decoder: a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not "

@@ -384,6 +384,14 @@ struct SliceMath {
   static constexpr int kLanesPerUnit = 32 / kUnitsAtOnce;
   static constexpr int kValuesPerLane = kUnitK / kLanesPerUnit;
 
+  // What a task leaves out: how many values, and of the first few where they are and what is left of them.
+  static constexpr int kLeftKept = 7;
+  struct LeftOut {
+    int count;
+    int k[kLeftKept];
+    float rest[kLeftKept];
+  };
+
   // The codes stay where they are in the word's bytes, but for one shift by 2: the odd features of a
   // lane (b = 1, layout.h) come out 16 times too large, which their sums give back.
   static constexpr int kOddFactor = 16;
@@ -392,7 +400,7 @@ struct SliceMath {
   // Shared memory: the digits, one row a (token, digit); what the sums of a group start from, minus the
   // sum of its values, for the two columns and the two features of a lane's accumulator (all of it in the
   // first of two columns, which are added anyway); for every token and unit its power of two; for every token and
-  // four units the lanes some of whose 16 values the digits do not hold entirely.
+  // task (see below) what it leaves out.
   static __host__ __device__ int stride(int units) { return units * kUnitK + 16; }
   static __host__ __device__ int sums_offset(int rows, int units) {
     return (rows * kDigits * stride(units) + kZeroBytes + 127) / 128 * 128;
@@ -405,34 +413,45 @@ struct SliceMath {
   }
   static __host__ __device__ int tasks_of(int units) { return (units + kUnitsAtOnce - 1) / kUnitsAtOnce; }
   static __host__ __device__ int bytes(int rows, int units) {
-    return (left_offset(rows, units) + kTokens * tasks_of(units) * 4 + 127) / 128 * 128;
+    return (left_offset(rows, units) + kTokens * tasks_of(units) * static_cast<int>(sizeof(LeftOut)) +
+            127) /
+           128 * 128;
   }
 
   // Values that the digits do not hold entirely, because they are Inf or NaN, or more than 2^30 times smaller
   // than the largest of their 512 and not round: the kernel adds what is left of them at the end, one by
-  // one. Rare among normally distributed values, but products of them, as a gated unit's, have one in some 60,000.
+  // one. Few among normally distributed values, but of products of such, as in a gated unit, one in some 60,000.
   static constexpr bool kLeavesOut = true;
-  // leave(k, v): v is left of the value at k, counted from the slice's first.
-  template <typename Leave>
+  static __device__ __forceinline__ float rest_of(float v, float up, float down) {
+    return fabsf(v) <= kLargestFloat ? v - rintf(v * up) * down : v;
+  }
+
+  // add(k, v): v is left of the value at k, counted from the slice's first.
+  template <typename Add>
   static __device__ __forceinline__ void for_each_left_out(const char* shared, const XSlice& slice,
-                                                           int token, const Leave& leave) {
+                                                           int token, const Add& add) {
     const int units = slice.stored_units;
-    const uint32_t* left = reinterpret_cast<const uint32_t*>(shared + left_offset(slice.rows, units)) +
-                           token * tasks_of(units);
+    const LeftOut* left =
+        reinterpret_cast<const LeftOut*>(shared + left_offset(slice.rows, units)) + token * tasks_of(units);
     const float* powers =
         reinterpret_cast<const float*>(shared + powers_offset(slice.rows, units)) + token * units;
     const int begin = slice.first_unit * kUnitK;
+    const int end = min(slice.k - begin, slice.units * kUnitK);
     const T* x =
         static_cast<const T*>(slice.x) + static_cast<int64_t>(slice.first_token + token) * slice.k + begin;
     for (int task = 0; task < tasks_of(slice.units); ++task) {
-      for (uint32_t lanes = left[task]; lanes != 0; lanes &= lanes - 1) {
-        const int first = task * kUnitsAtOnce * kUnitK + (__ffs(lanes) - 1) * kValuesPerLane;
-        const float down = powers[first / kUnitK];
+      const int count = left[task].count;
+      if (count <= kLeftKept) {
+#pragma unroll 2
+        for (int i = 0; i < count; ++i) add(left[task].k[i], left[task].rest[i]);
+      } else {
+        const float down = powers[task * kUnitsAtOnce];
         const float up = 1.f / down;
-        for (int k = first; k < min(first + kValuesPerLane, slice.k - begin); ++k) {
-          const float v = static_cast<float>(x[k]);
-          const float rest = fabsf(v) <= kLargestFloat ? v - rintf(v * up) * down : v;
-          if (rest != 0.f) leave(k, rest);
+        const int first = task * kUnitsAtOnce * kUnitK;
+#pragma unroll 1
+        for (int k = first; k < min(first + kUnitsAtOnce * kUnitK, end); ++k) {
+          const float rest = rest_of(static_cast<float>(x[k]), up, down);
+          if (rest != 0.f) add(k, rest);
         }
       }
     }
@@ -510,12 +529,12 @@ struct SliceMath {
     return leaves_out;
   }
 
-  // The largest magnitude of a lane's values, as the bits of a T.
+  // The largest magnitude of a warp's values, as the bits of a T.
   static __device__ __forceinline__ uint32_t largest_of(const uint32_t (&pairs)[8]) {
     uint32_t most = max_magnitude<T>(pairs[0], pairs[1]);
 #pragma unroll
     for (int i = 2; i < 8; ++i) most = max_magnitude<T>(most, pairs[i]);
-    return max(most >> 16, most & 0xffffu);
+    return __reduce_max_sync(0xffffffffu, max(most >> 16, most & 0xffffu));
   }
 
   static __device__ __forceinline__ bool cut(char* shared, const XSlice& slice, const Task& task,
@@ -523,19 +542,17 @@ struct SliceMath {
     const int lane = threadIdx.x % 32;
     const uint4(&h)[2] = values.half;
     uint32_t pairs[8] = {h[0].x, h[0].y, h[0].z, h[0].w, h[1].x, h[1].y, h[1].z, h[1].w};
-    const uint32_t of_lane = largest_of(pairs);
-    uint32_t largest = __reduce_max_sync(0xffffffffu, of_lane);
+    uint32_t largest = largest_of(pairs);
     constexpr int kMantissa = internal::Float16Format<T>::kMantissa;
     constexpr uint32_t kInfinity = 0x7fffu >> kMantissa << kMantissa;
-    bool leaves_out = false;     // this lane
-    if (largest >= kInfinity) {  // Inf or NaN: left out
-      leaves_out = of_lane >= kInfinity;
+    const bool all_finite = largest < kInfinity;
+    if (!all_finite) {  // the digits of Inf and NaN are zero
 #pragma unroll
       for (uint32_t& pair : pairs) {
         if ((pair & 0x7fffu) >= kInfinity) pair &= 0xffff0000u;
         if ((pair >> 16 & 0x7fffu) >= kInfinity) pair &= 0xffffu;
       }
-      largest = __reduce_max_sync(0xffffffffu, largest_of(pairs));
+      largest = largest_of(pairs);
     }
     // A power of two that brings the largest below 2^30; it and its inverse are normal numbers.
     const T largest_value = *reinterpret_cast<const T*>(&largest);
@@ -564,14 +581,24 @@ struct SliceMath {
       digit[2][t] = __byte_perm(high01, high23, 0x5410) ^ 0x80808080u;
       digit[3][t] = __byte_perm(high01, high23, 0x7632);
     }
-    if (!all_are_held<T>(pairs, exponent)) {
+    LeftOut* const left = reinterpret_cast<LeftOut*>(shared + left_offset(slice.rows, slice.stored_units)) +
+                          (task.token * tasks_of(slice.stored_units) + task.unit / kUnitsAtOnce);
+    int count = 0;
+    if (!all_finite || !all_are_held<T>(pairs, exponent)) {
 #pragma unroll
       for (int i = 0; i < kValuesPerLane; ++i) {
-        const float scaled = static_cast<float>(reinterpret_cast<const T*>(pairs)[i]) * up;
-        leaves_out |= rintf(scaled) != scaled;
+        const float rest =
+            rest_of(static_cast<float>(reinterpret_cast<const T*>(values.half)[i]), up, down);
+        const uint32_t lanes = __ballot_sync(0xffffffffu, rest != 0.f);
+        const int at = count + __popc(lanes & ((1u << lane) - 1));
+        if (rest != 0.f && at < kLeftKept) {
+          left->k[at] = task.unit * kUnitK + lane * kValuesPerLane + i;
+          left->rest[at] = rest;
+        }
+        count += __popc(lanes);
       }
     }
-    const uint32_t left = __ballot_sync(0xffffffffu, leaves_out);
+    if (lane == 0) left->count = count;
     int sum[2] = {0, 0};  // of the number that the lower two digits make, and of that of the higher two
 #pragma unroll
     for (int d = kDigits - 1; d >= 0; --d) {
@@ -607,16 +634,8 @@ struct SliceMath {
             reinterpret_cast<float*>(shared + powers_offset(slice.rows, slice.stored_units));
         powers[task.token * slice.stored_units + task.unit + lane / kLanesPerUnit] = down;
       }
-      if (lane == 0) {
-        reinterpret_cast<uint32_t*>(
-            shared +
-            left_offset(
-                slice.rows,
-                slice.stored_units))[task.token * tasks_of(slice.stored_units) + task.unit / kUnitsAtOnce] =
-            left;
-      }
     }
-    return left != 0;
+    return count != 0;
   }
   static __device__ void stage_sums(char*, const XSlice&) {}
 
