@@ -257,13 +257,14 @@ def test_next_tokens_are_drawn_from_a_steps_logits(temperature):
 
 
 @pytest.mark.parametrize("on_a_mesh", [False, True], ids=["one device", "mesh"])
-def test_storing_writes_each_sequences_slots_and_drops_what_does_not_fit(on_a_mesh):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_storing_writes_each_sequences_slots_and_drops_what_does_not_fit(dtype, on_a_mesh):
     mesh = jax.make_mesh((1,), ("tensor",), axis_types=(AxisType.Auto,)) if on_a_mesh else None
     rules = MeshRules(mesh, (("kv_heads", "tensor"),))
     rng = np.random.default_rng(0)
     for tokens in (1, 3, 8):
-        old = rng.normal(size=(6, 2, 8, 4)).astype(np.float32)
-        new = rng.normal(size=(6, 2, tokens, 4)).astype(np.float32)
+        old = rng.normal(size=(6, 2, 8, 4)).astype(jnp.dtype(dtype))
+        new = rng.normal(size=(6, 2, tokens, 4)).astype(jnp.dtype(dtype))
         starts = [0, 2, 8 - tokens, 8, 9 - tokens, 30]
         wanted = old.copy()
         for i, start in enumerate(starts):
