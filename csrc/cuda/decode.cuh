@@ -113,7 +113,7 @@ struct DecodeSmem {
 // words in memory.
 template <typename Math, int bits, typename S, int kGroupSize, bool kHasZeros>
 __device__ __forceinline__ float4 sum_of_left_out(const DecodeArgs& args, const XSlice& slice,
-                                                  const char* x_shared, int token, int n) {
+                                                  char* x_shared, int token, int n) {
   using L = Layout<bits>;
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
   Math::for_each_left_out(x_shared, slice, token, [&](int k_of_slice, float v) {

@@ -418,6 +418,18 @@ struct SliceMath {
            128 * 128;
   }
 
+  // A token's power of two for a unit, and what it leaves out of a task; those of the next ones follow.
+  static __device__ __forceinline__ float* power_of(char* shared, const XSlice& slice, int token,
+                                                    int unit) {
+    return reinterpret_cast<float*>(shared + powers_offset(slice.rows, slice.stored_units)) +
+           (token * slice.stored_units + unit);
+  }
+  static __device__ __forceinline__ LeftOut* left_of(char* shared, const XSlice& slice, int token,
+                                                     int task) {
+    return reinterpret_cast<LeftOut*>(shared + left_offset(slice.rows, slice.stored_units)) +
+           (token * tasks_of(slice.stored_units) + task);
+  }
+
   // Values that the digits do not hold entirely, because they are Inf or NaN, or more than 2^30 times smaller
   // than the largest of their 512 and not round: the kernel adds what is left of them at the end, one by
   // one. Few among normally distributed values, but of products of such, as in a gated unit, one in some 60,000.
@@ -428,13 +440,10 @@ struct SliceMath {
 
   // add(k, v): v is left of the value at k, counted from the slice's first.
   template <typename Add>
-  static __device__ __forceinline__ void for_each_left_out(const char* shared, const XSlice& slice,
-                                                           int token, const Add& add) {
-    const int units = slice.stored_units;
-    const LeftOut* left =
-        reinterpret_cast<const LeftOut*>(shared + left_offset(slice.rows, units)) + token * tasks_of(units);
-    const float* powers =
-        reinterpret_cast<const float*>(shared + powers_offset(slice.rows, units)) + token * units;
+  static __device__ __forceinline__ void for_each_left_out(char* shared, const XSlice& slice, int token,
+                                                           const Add& add) {
+    const LeftOut* left = left_of(shared, slice, token, 0);
+    const float* powers = power_of(shared, slice, token, 0);
     const int begin = slice.first_unit * kUnitK;
     const int end = min(slice.k - begin, slice.units * kUnitK);
     const T* x =
@@ -581,8 +590,7 @@ struct SliceMath {
       digit[2][t] = __byte_perm(high01, high23, 0x5410) ^ 0x80808080u;
       digit[3][t] = __byte_perm(high01, high23, 0x7632);
     }
-    LeftOut* const left = reinterpret_cast<LeftOut*>(shared + left_offset(slice.rows, slice.stored_units)) +
-                          (task.token * tasks_of(slice.stored_units) + task.unit / kUnitsAtOnce);
+    LeftOut* const left = left_of(shared, slice, task.token, task.unit / kUnitsAtOnce);
     int count = 0;
     if (!all_finite || !all_are_held<T>(pairs, exponent)) {
 #pragma unroll
@@ -630,9 +638,7 @@ struct SliceMath {
         start[1] = make_int4(-sum[1], 0, -sum[1] * kOddFactor, 0);
       }
       if (lane % kLanesPerUnit == 0) {
-        float* const powers =
-            reinterpret_cast<float*>(shared + powers_offset(slice.rows, slice.stored_units));
-        powers[task.token * slice.stored_units + task.unit + lane / kLanesPerUnit] = down;
+        *power_of(shared, slice, task.token, task.unit + lane / kLanesPerUnit) = down;
       }
     }
     return count != 0;
