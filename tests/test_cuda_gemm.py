@@ -113,6 +113,7 @@ SHARES = [
 
 # The same of the portable kernels, without clusters.
 PORTABLE_SHARES = [
+    (5, 24576, 136, "", False, "16 tokens x 128 features, 2 of them cut"),
     (12, 256, 34056, "", False, "16 tokens x 128 features, 0 of them cut"),
     (12, 4096, 1032, "", False, "16 tokens x 128 features, 9 of them cut"),
     (16, 1024, 70408, "", False, "16 tokens x 128 features, 23 of them cut"),
