@@ -108,6 +108,7 @@ int main(int argc, char** argv) {
   };
   std::vector<Shape> shapes = {{4096, 4096},  {4096, 6144},  {8192, 8192}, {14336, 4096},
                                {4096, 28672}, {28672, 8192}, {8192, 57344}};
+  if (only_k) shapes = {{only_k, only_n}};
   const std::vector<int> tokens = {
 #ifdef TOKENS
 #include TOKENS
@@ -136,7 +137,6 @@ int main(int argc, char** argv) {
 
   for (auto shape : shapes) {
     const int k = shape.k, n = shape.n;
-    if (only_k && (only_k != k || only_n != n)) continue;
     const int k_blocks = ceil_div(k, 64), n_blocks = ceil_div(n, 32);
     weights.word_bytes = (size_t)k_blocks * n_blocks * 512;
     weights.scale_bytes = (size_t)(k / kGroup) * n * 2;
@@ -168,21 +168,26 @@ int main(int argc, char** argv) {
         const GemmPlan plan = plan_gemm(problem, v.shape, sms);
         args.walk = walk_of(plan, k_blocks);
         const int cut = plan.cut_tiles(), tiles = plan.tiles();
-        CUtensorMap map;
+        CUtensorMap maps[2];  // of whole tiles, and of the tokens after them
         const cuuint64_t dims[2] = {(cuuint64_t)k, (cuuint64_t)m}, strides[1] = {(cuuint64_t)k * 2};
-        const cuuint32_t box[2] = {64, (cuuint32_t)v.shape.tokens}, steps[2] = {1, 1};
-        if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, x, dims, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-          std::printf("encode failed\n");
-          return 1;
+        const int rest = m % v.shape.tokens;
+        for (int i = 0; i < 2; ++i) {
+          const cuuint32_t box[2] = {64, (cuuint32_t)(i && rest ? rest : v.shape.tokens)},
+                           steps[2] = {1, 1};
+          if (encode(&maps[i], CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, x, dims, strides, box, steps,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+            std::printf("encode failed\n");
+            return 1;
+          }
         }
         CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, v.bytes));
         auto launch = [&](int i, cudaStream_t s) {
           GemmArgs a = args;
           a.words = (const uint4*)weights.copy(i);
           a.scales = weights.scales(i);
-          void* params[] = {&map, &a};
+          void* params[] = {&maps[0], &maps[1], &a};
           const dim3 grid = plan.ranks > 1 ? dim3(plan.ranks, tiles) : dim3(plan.grid);
           ClusterLaunch(grid, v.threads(), v.bytes, plan.ranks, s)(v.kernel, params);
           if (cut) {

@@ -197,7 +197,8 @@ __device__ __forceinline__ void unrolled(F f) {
 template <typename T, int kTokens, int kWarpgroups, int kWarpTiles, int kGroupSize, bool kHasZeros,
           int kStages>
 __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
-    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ GemmArgs args) {
+    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap x_rest_map,
+                const __grid_constant__ GemmArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<2>;
   constexpr bool kScaledSums = kGroupSize > 0;
@@ -226,6 +227,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     const bool asks = elect_one();
     if (asks) {
       prefetch_map(x_map);
+      prefetch_map(x_rest_map);
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(full(stage), 1);
         barrier_init(empty(stage), kWarpgroups * 128);
@@ -246,19 +248,24 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       const int all_scale_bytes = rows * (kHasZeros ? 2 : 1) * scale_bytes;
       const int64_t scale_row = static_cast<int64_t>(args.group_stride) * scale_size;
       const int64_t first_scale = static_cast<int64_t>(feature) * scale_size;
+      // Only tokens that exist: the copy engine writes the zeros of others at some 15 bytes a clock, longer than narrow
+      // tiles are multiplied. What the ring holds in their place becomes sums that are not stored.
+      const int token = segment.m_tile * kTokens;
+      const int tokens = min(kTokens, args.m - token);
+      const CUtensorMap& map = tokens == kTokens ? x_map : x_rest_map;
+      const int x_bytes = tokens * (Smem::kXBytes / kTokens);
       for (int block = segment.first_block; block < segment.last_block; block += kGemmUnitBlocks) {
         barrier_wait(empty(ring.stage), ring.parity ^ 1);
         if (asks) {
           const uint32_t to = stage_at(ring.stage), arrived = full(ring.stage);
           const int blocks = min(kGemmUnitBlocks, args.walk.k_blocks - block);  // K may end inside a unit
-          barrier_arrive_expecting(arrived, Smem::kXBytes + blocks * word_bytes + all_scale_bytes);
+          barrier_arrive_expecting(arrived, x_bytes + blocks * word_bytes + all_scale_bytes);
           copy_bulk(to + Smem::kWords, words, word_bytes, arrived);
           if (blocks == kGemmUnitBlocks)
             copy_bulk(to + Smem::kWords + Smem::kWordRowBytes, words + word_row, word_bytes, arrived);
 #pragma unroll
           for (int j = 0; j < kGemmUnitBlocks; ++j)  // past K it brings zeros
-            copy_box(to + j * Smem::kXBlockBytes, x_map, (block + j) * L::kBlockK, segment.m_tile * kTokens,
-                     arrived);
+            copy_box(to + j * Smem::kXBlockBytes, map, (block + j) * L::kBlockK, token, arrived);
 #pragma unroll 1
           for (int i = 0; i < rows; ++i) {
             const int row =

@@ -113,8 +113,11 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   gemm.unit_rows = gemm.group_shift < 7 ? 128 >> gemm.group_shift : 1;
   gemm.row_shift = std::min(gemm.group_shift, 7) - 5;
 
-  CUtensorMap x_map;
+  CUtensorMap x_map, x_rest_map;  // of whole tiles, and of the tokens after them
+  const int rest = static_cast<int>(p.m % kShape.tokens);
   if (std::string error = make_x_map(x_map, args, kShape.tokens); !error.empty()) return error;
+  if (std::string error = make_x_map(x_rest_map, args, rest > 0 ? rest : kShape.tokens); !error.empty())
+    return error;
   if constexpr (kHasZeros) {
     std::string error = launch_sum_groups<T, kGroupSize>(gemm, args, gemm_part_bytes(p, kernel),
                                                          gemm_x_sums(p), gemm_x_sums_stride(p), stream);
@@ -137,7 +140,7 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = plan.ranks > 1 ? 1 : 0;
-  error = cudaLaunchKernelEx(&config, function, x_map, gemm);
+  error = cudaLaunchKernelEx(&config, function, x_map, x_rest_map, gemm);
   if (error != cudaSuccess) return describe("launching the gemm kernel", error);
   if (plan.cut_tiles() == 0) return "";
   config.gridDim = dim3(plan.cut_tiles(), Tile::kRows, kShape.warpgroups);
