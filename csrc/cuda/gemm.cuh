@@ -16,11 +16,12 @@
 // Measured on an H200, and dropped. At 1024 tokens (8192 x 57344): fragments made half a block at a time (two words,
 // 7 % slower: the tensor cores ran dry); clusters of two blocks that fetch x for each other by multicast (8 %
 // slower, though half the reads of the L2 cache: one more block to wait for); scales read from global memory
-// instead of the ring (a quarter slower). From about 128 tokens on the card's power is what binds: at 700 TFLOP/s its
-// clock falls from 1.98 to 1.5 GHz. At 32 tokens: words one by one as above, in stages of 64 of K (a quarter slower: a
-// barrier and an empty pipeline for every 64); four warpgroups of 32 registers less (no faster). What the arithmetic
-// takes by itself is in bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the registers that wgmma reads
-// are the limit, whatever the order.
+// instead of the ring (a quarter slower); tiles of 192 or 256 tokens x 128 features, or of 192 x 192 (2 to 15 % slower
+// from 512 tokens on, though each word is converted half as often). From about 128 tokens on the card's power is what
+// binds: at 700 TFLOP/s its clock falls from 1.98 to 1.5 GHz. At 32 tokens: words one by one as above, in stages of 64
+// of K (a quarter slower: a barrier and an empty pipeline for every 64); four warpgroups of 32 registers less (no
+// faster). What the arithmetic takes by itself is in bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the
+// registers that wgmma reads are the limit, whatever the order.
 //
 // With 16, 32 and 64 tokens a unit takes 430, 520 and 820 clocks where the arithmetic alone takes 345, 413 and 577. It is
 // the instructions (242 to 294 of a warp, and dispatch waits while wgmma reads its registers), not the memory: nothing
@@ -35,8 +36,9 @@
 // Work: tiles in whole rounds of the grid first; the tiles of the last, incomplete round are cut along K
 // so that every thread block gets the same number of units, and written in parts that add_gemm_parts adds
 // up, in order (stream-K, arXiv:2301.03598; without its fix-up, in which blocks wait for each other). Where there
-// are few tiles, a cluster shares each: every thread block takes a run of K, and they add up each other's parts (by
-// way of the L2 cache: each other's shared memory gave 9 bytes a clock). GemmPlan chooses.
+// are few tiles, a cluster shares each: every thread block takes a run of K, and they add up each other's parts by way
+// of the L2 cache (4096 x 4096, 256 tokens: 16.5 us; 18.4 by stores to each other's shared memory, whose loads gave 9
+// bytes a clock). GemmPlan chooses.
 #pragma once
 
 #include <algorithm>
@@ -97,6 +99,15 @@ struct TileLayout {
       return {d[0][at], d[0][at + 2], d[1][at], d[1][at + 2]};
     } else {
       return {d[0][4 * r], d[0][4 * r + 2], d[0][4 * r + 1], d[0][4 * r + 3]};
+    }
+  }
+
+  static __device__ __forceinline__ void add_to_row(float (&d)[kWarpTiles][kSums], int r, const float4& v) {
+    if constexpr (kWarpTiles == 2) {
+      const int at = r / 2 * 4 + r % 2;
+      d[0][at] += v.x, d[0][at + 2] += v.y, d[1][at] += v.z, d[1][at + 2] += v.w;
+    } else {
+      d[0][4 * r] += v.x, d[0][4 * r + 2] += v.y, d[0][4 * r + 1] += v.z, d[0][4 * r + 3] += v.w;
     }
   }
 
@@ -289,15 +300,25 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     wait_at_barrier<0, kWorkingWarps>();
     float sums[kWarpTiles][kSums];  // of the products
     float total[kScaledSums ? kWarpTiles : 1][kScaledSums ? kSums : 1];
-    const int first_feature = Tile::first_feature(warp, lane);
-    const int block_of_warp = warp * kWarpTiles / L::kTiles;
+    // Where the lane's words and scales of `size` bytes are in a stage. ptxas would compute them again for every unit;
+    // with zeros there are no registers to keep them in.
+    const auto words_at = [&] {
+      return Smem::kWords + warp * kWarpTiles / L::kTiles * Smem::kBlockBytes + lane * 16;
+    };
+    const auto scales_at = [&](int size) { return Tile::first_feature(warp, lane) * size; };
+    const uint32_t kept_words = kHasZeros ? 0 : opaque(words_at());
+    const uint32_t kept_scales = kHasZeros ? 0 : opaque(scales_at(args.scales_are_f32 ? 4 : 2));
+    const auto lane_words = [&]() -> uint32_t { return kHasZeros ? words_at() : kept_words; };
+    const auto lane_scales = [&](int size) -> uint32_t {
+      return kHasZeros ? scales_at(size) : kept_scales;
+    };
     const bool second_tile = kWarpTiles == 1 && warp % L::kTiles == 1;
 
     const auto wait_for = [&](const RingPosition<kStages>& at) { barrier_wait(full(at.stage), at.parity); };
     // The lane's words of a unit: [block of K][half][16-row tile].
     using Words = uint32_t[kGemmUnitBlocks][L::kHalves][kWarpTiles];
     const auto load_words = [&](Words& words, int stage) {
-      const uint32_t from = stage_at(stage) + Smem::kWords + block_of_warp * Smem::kBlockBytes + lane * 16;
+      const uint32_t from = stage_at(stage) + lane_words();
 #pragma unroll
       for (int j = 0; j < kGemmUnitBlocks; ++j) {
         const uint4 four = load_shared_16(from + j * Smem::kWordRowBytes);
@@ -335,11 +356,11 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         wait_for(ring);
         Words words;
         load_words(words, ring.stage);
-        const uint32_t scales_at = stage_at(ring.stage) + Smem::kScales + first_feature * 2;
+        const uint32_t first_row = stage_at(ring.stage) + Smem::kScales + lane_scales(2);
         unrolled<kGemmUnitBlocks * L::kHalves>([&](auto step_) {
           constexpr int step = decltype(step_)::value, j = step / L::kHalves, half = step % L::kHalves;
           // The step's row of scales; past K there is none.
-          const uint32_t row = scales_at + (step >> args.row_shift) * Smem::kScaleRowBytes;
+          const uint32_t row = first_row + (step >> args.row_shift) * Smem::kScaleRowBytes;
           uint2 scales;
           if constexpr (kWarpTiles == 2) {
             scales = load_shared_8(row);
@@ -395,9 +416,9 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       [[maybe_unused]] int x_sums[kWarpTiles] = {};  // where the tile's are, for this thread's first token
       const auto load_row = [&](float (&to)[kLaneFeatures], uint32_t row) {
         if (args.scales_are_f32) {
-          load_scales<float>(to, row + first_feature * 4);
+          load_scales<float>(to, row + lane_scales(4));
         } else {
-          load_scales<T>(to, row + first_feature * 2);
+          load_scales<T>(to, row + lane_scales(2));
         }
       };
       const auto load_scales_of = [&](int stage, int block, int group) {
@@ -498,54 +519,53 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       }
     };
 
-    // Where this thread's sums of a row of a part are.
-    const auto part_at = [&](int part, int row) {
-      return args.parts + (static_cast<int64_t>(part) * Tile::kRows * kWarpgroups + row) * 128 +
-             threadIdx.x % 128;
-    };
-
-    const auto store = [&](const Segment& segment, const float (&d)[kWarpTiles][kSums]) {
+    const auto store = [&](const Segment& segment, float (&d)[kWarpTiles][kSums]) {
       const TilePosition at = {segment.m_tile, segment.n_tile};
-      const int first_row = warpgroup * Tile::kRows;
+      if (segment.part < 0) {
+#pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r)
+          Tile::template store<T>(args, at, warpgroup, r, Tile::row_of(d, r));
+        return;
+      }
+      // Where this thread's sums of row 0 are, in its block's part; a row is 128 of these.
+      constexpr int kPart = kWarpgroups * Tile::kRows * 128;
+      float4* const part = args.parts + (static_cast<int64_t>(segment.part) * kPart +
+                                         opaque(warpgroup * Tile::kRows * 128 + threadIdx.x % 128));
+      // Each block of a cluster adds up a run of rows: to its own sums those of the others, in the order of ranks.
+      const int ranks = args.walk.ranks, rank = opaque(blockIdx.x);
+      const int begin = ranks == 1 ? 0 : rank * Tile::kRows / ranks;
+      const int end = ranks == 1 ? 0 : (rank + 1) * Tile::kRows / ranks;
 #pragma unroll
       for (int r = 0; r < Tile::kRows; ++r) {
-        const float4 v = Tile::row_of(d, r);
-        if (segment.part >= 0) {
-          *part_at(segment.part, first_row + r) = v;
-        } else {
-          Tile::template store<T>(args, at, warpgroup, r, v);
-        }
+        if (r < begin || r >= end) part[r * 128] = Tile::row_of(d, r);
       }
-      const int ranks = args.walk.ranks;
       if (ranks == 1) return;
-      // The blocks of the cluster add up a run of rows each, in the order of their ranks. (Their own are in registers,
-      // but in which depends on the rank: the code for that took longer than reading them again.)
-      const int rank = blockIdx.x;
-      const int begin = rank * Tile::kRows / ranks, end = (rank + 1) * Tile::kRows / ranks;
       cluster_arrive();
       cluster_wait();
-      constexpr int kAtOnce = 8;  // rows on their way
+      constexpr int kAtOnce = Tile::kRows % 8 == 0 ? 8 : Tile::kRows % 6 == 0 ? 6 : 4;  // rows on their way
+      static_assert(Tile::kRows % kAtOnce == 0);
+#pragma unroll
+      for (int first = 0; first < Tile::kRows; first += kAtOnce) {
+        if (first >= end || first + kAtOnce <= begin) continue;
 #pragma unroll 1
-      for (int first = begin; first < end; first += kAtOnce) {
-        const float4* from = part_at(segment.part - rank, first_row + first);
-        float4 sum[kAtOnce] = {};
-#pragma unroll 2
-        for (int other = 0; other < ranks; ++other, from += kWarpgroups * Tile::kRows * 128) {
+        for (int other = -rank; other < ranks - rank; ++other) {
+          if (other == 0) continue;
+          const float4* const from = part + other * kPart;
           float4 v[kAtOnce] = {};
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
-            if (first + i < end) v[i] = __ldcg(from + i * 128);
+            if (first + i >= begin && first + i < end) v[i] = __ldcg(from + (first + i) * 128);
           }
 #pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) sum[i] = other == 0 ? v[i] : sum[i] + v[i];
+          for (int i = 0; i < kAtOnce; ++i) Tile::add_to_row(d, first + i, v[i]);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if (first + i < end) Tile::template store<T>(args, at, warpgroup, first + i, sum[i]);
+          if (first + i >= begin && first + i < end)
+            Tile::template store<T>(args, at, warpgroup, first + i, Tile::row_of(d, first + i));
         }
       }
     };
-
     for_each_segment(args.walk, blockIdx.x, blockIdx.y, gridDim.x, [&](const Segment& segment) {
       if constexpr (kScaledSums) {
         multiply_and_scale_sums(segment);
