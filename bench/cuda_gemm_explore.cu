@@ -74,8 +74,12 @@ int main(int argc, char** argv) {
 #include VARIANTS
 #else
       make<GemmKernel::kSums16>("sums16", 5, 16),
+      make<GemmKernel::kSums16Medium>("sums16medium", 5, 16),
       make<GemmKernel::kSums32>("sums32", 17, 32),
+      make<GemmKernel::kSums32Medium>("sums32medium", 17, 32),
       make<GemmKernel::kSums32Narrow>("sums32narrow", 17, 32),
+      make<GemmKernel::kSums48>("sums48", 33, 48),
+      make<GemmKernel::kSums48Narrow>("sums48narrow", 33, 48),
       make<GemmKernel::kSums64>("sums64", 33, 64),
       make<GemmKernel::kSums64Narrow>("sums64narrow", 33, 64),
       make<GemmKernel::kWeights96>("weights96", 65, 16384),

@@ -2,8 +2,8 @@
 every GPU (csrc/cuda/portable_gemm.cuh).
 
 Which of them runs follows from the sizes and the types (gemm_plan.h and portable_gemm_plan.h there). Hopper's: scales
-on the sums of 16, 32 or 64 tokens, the same with zeros for 48, scales on the weights for 96 or 128; tiles of 256 or 384
-features or, for small layers, 128. The portable ones: scales on the sums of 16, 32 or 64 tokens, the same with zeros
+on the sums of 16, 32, 48 or 64 tokens, the same with zeros for 48, scales on the weights for 96 or 128; tiles of 256 or
+384 features or, for small layers, 128. The portable ones: scales on the sums of 16, 32 or 64 tokens, the same with zeros
 for 32 or 64, scales on the weights for 128; tiles of 128 features or, for the last, 256.
 """
 
@@ -33,7 +33,7 @@ both_modes = pytest.mark.parametrize("mode", [pytest.param("cuda", marks=needs_h
 HALVES = ("float16", "bfloat16")
 both_halves = pytest.mark.parametrize("dtype", HALVES)
 # Rows of x that each kernel gets.
-ROWS_OF_KERNELS = {"cuda": (20, 50, 150), "cuda-portable": (12, 20, 50, 150)}
+ROWS_OF_KERNELS = {"cuda": (20, 40, 50, 150), "cuda-portable": (12, 20, 50, 150)}
 
 
 def check(problem, mode, **options):
@@ -74,40 +74,50 @@ def test_every_kernel_with_every_type(group_size, scale_dtype, dtype, mode):
 # M, K, N, dtype of the scales, zeros, what explain says: every kernel with whole tiles, with tiles that are cut,
 # and with clusters.
 SHARES = [
-    (16, 8192, 6152, "", False, "16 tokens x 384 features, 17 of them cut"),
-    (9, 6144, 25000, "", False, "16 tokens x 384 features, a cluster of 2"),
-    (20, 256, 20488, "", False, "32 tokens x 384 features, 0 of them cut"),
-    (20, 6144, 4104, "", False, "32 tokens x 384 features, 11 of them cut"),
-    (20, 3072, 5640, "", False, "32 tokens x 384 features, a cluster of 8"),
-    (20, 2048, 12296, "", False, "32 tokens x 128 features, 0 of them cut"),
-    (20, 1536, 72, "", False, "32 tokens x 128 features, 1 of them cut"),
-    (20, 1024, 1416, "", False, "32 tokens x 128 features, a cluster of 8"),
-    (520, 512, 1800, "float32", False, "64 tokens x 256 features, 0 of them cut"),
-    (380, 1536, 6152, "float32", False, "64 tokens x 256 features, 18 of them cut"),
-    (300, 8192, 392, "float32", False, "64 tokens x 256 features, 10 of them cut"),
-    (380, 2560, 1032, "float32", False, "64 tokens x 256 features, a cluster of 4"),
-    (200, 2048, 2056, "float32", False, "64 tokens x 128 features, 0 of them cut"),
-    (500, 2560, 2056, "float32", False, "64 tokens x 128 features, 4 of them cut"),
-    (48, 1536, 72, "", False, "64 tokens x 128 features, 1 of them cut"),
-    (48, 1024, 776, "", False, "64 tokens x 128 features, a cluster of 8"),
-    (200, 512, 72, "", True, "48 tokens x 256 features, 0 of them cut"),
+    (9, 1536, 36936, "", False, "16 tokens x 384 features, 0 of them cut"),
+    (9, 3072, 18504, "", False, "16 tokens x 384 features, 49 of them cut"),
+    (9, 2048, 25000, "", False, "16 tokens x 384 features, a cluster of 2"),
+    (9, 4096, 12296, "", False, "16 tokens x 256 features, 49 of them cut"),
+    (16, 2048, 36936, "", False, "16 tokens x 256 features, 13 of them cut"),
+    (20, 1024, 36936, "", False, "32 tokens x 384 features, 0 of them cut"),
+    (20, 2048, 25000, "", False, "32 tokens x 384 features, a cluster of 2"),
+    (20, 512, 18504, "", False, "32 tokens x 256 features, 0 of them cut"),
+    (20, 4096, 10312, "", False, "32 tokens x 256 features, 41 of them cut"),
+    (20, 3072, 8776, "", False, "32 tokens x 256 features, a cluster of 3"),
+    (20, 1536, 18504, "", False, "32 tokens x 128 features, 13 of them cut"),
+    (20, 3072, 72, "", False, "32 tokens x 128 features, 1 of them cut"),
+    (20, 1024, 72, "", False, "32 tokens x 128 features, a cluster of 8"),
+    (40, 1024, 18504, "", False, "48 tokens x 256 features, 0 of them cut"),
+    (33, 8192, 8776, "", False, "48 tokens x 256 features, 35 of them cut"),
+    (48, 1536, 18504, "", False, "48 tokens x 128 features, 13 of them cut"),
+    (40, 3072, 72, "", False, "48 tokens x 128 features, 1 of them cut"),
+    (40, 1024, 72, "", False, "48 tokens x 128 features, a cluster of 8"),
+    (520, 1024, 2056, "float32", False, "64 tokens x 256 features, 0 of them cut"),
+    (200, 2048, 8776, "float32", False, "64 tokens x 256 features, 8 of them cut"),
+    (200, 6144, 3080, "float32", False, "64 tokens x 256 features, 52 of them cut"),
+    (500, 6144, 1800, "float32", False, "64 tokens x 256 features, a cluster of 2"),
+    (520, 1024, 1800, "float32", False, "64 tokens x 128 features, 3 of them cut"),
+    (56, 3072, 72, "", False, "64 tokens x 128 features, 1 of them cut"),
+    (56, 1024, 72, "", False, "64 tokens x 128 features, a cluster of 8"),
+    (200, 256, 72, "", True, "48 tokens x 256 features, 0 of them cut"),
     (520, 1024, 3080, "", True, "48 tokens x 256 features, 11 of them cut"),
     (20, 1536, 72, "", True, "48 tokens x 256 features, 1 of them cut"),
     (200, 768, 72, "", True, "48 tokens x 256 features, a cluster of 6"),
-    (129, 256, 8776, "", False, "96 tokens x 256 features, 0 of them cut"),
-    (70, 2048, 36936, "", False, "96 tokens x 256 features, 13 of them cut"),
-    (70, 256, 72, "", False, "96 tokens x 128 features, 0 of them cut"),
-    (70, 1536, 72, "", False, "96 tokens x 128 features, 1 of them cut"),
-    (100, 2048, 584, "", False, "96 tokens x 128 features, a cluster of 8"),
-    (193, 256, 11336, "", False, "128 tokens x 256 features, 0 of them cut"),
-    (220, 8192, 6216, "", False, "128 tokens x 256 features, 50 of them cut"),
-    (193, 2048, 18504, "", False, "128 tokens x 256 features, 14 of them cut"),
-    (193, 256, 5704, "", False, "128 tokens x 128 features, 0 of them cut"),
-    (193, 4096, 712, "", False, "128 tokens x 128 features, 12 of them cut"),
-    (193, 4096, 840, "", False, "128 tokens x 128 features, a cluster of 8"),
-    (129, 2048, 10312, "", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
-    (150, 2048, 36936, "", False, "; then, for the last 22 rows, wgmma"),
-    (321, 1024, 12296, "float32", False, "; then, for the last 1 rows, mma.sync"),
+    (129, 512, 8776, "", False, "96 tokens x 256 features, 0 of them cut"),
+    (150, 2048, 18504, "", False, "96 tokens x 256 features, 14 of them cut"),
+    (257, 3072, 3080, "", False, "96 tokens x 256 features, a cluster of 3"),
+    (129, 1024, 8776, "", False, "96 tokens x 128 features, 6 of them cut"),
+    (70, 2048, 72, "", False, "96 tokens x 128 features, 1 of them cut"),
+    (70, 1024, 72, "", False, "96 tokens x 128 features, a cluster of 8"),
+    (100, 1024, 18504, "", False, "128 tokens x 256 features, 0 of them cut"),
+    (300, 3072, 12296, "", False, "128 tokens x 256 features, 15 of them cut"),
+    (220, 8192, 8200, "", False, "128 tokens x 256 features, a cluster of 2"),
+    (100, 256, 8776, "", False, "128 tokens x 128 features, 0 of them cut"),
+    (300, 2048, 5640, "", False, "128 tokens x 128 features, 3 of them cut"),
+    (100, 2048, 2056, "", False, "128 tokens x 128 features, a cluster of 6"),
+    (257, 1536, 8200, "", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
+    (300, 1536, 8200, "float32", False, "; then, for the last 44 rows, wgmma"),
+    (520, 1536, 4104, "float32", False, "; then, for the last 8 rows, mma.sync, 16-bit floats"),
 ]
 
 

@@ -170,9 +170,16 @@ std::string launch_gemm_of(const MatmulArgs& args, int sms, cudaStream_t stream)
   const auto [kernel, plan] = choose_gemm(args.problem, args.all_of_x_type(), args.zeros != nullptr, sms);
   switch (kernel) {
     case GemmKernel::kSums16: return launch_gemm_for_groups<GemmKernel::kSums16, T>(args, plan, stream);
+    case GemmKernel::kSums16Medium:
+      return launch_gemm_for_groups<GemmKernel::kSums16Medium, T>(args, plan, stream);
     case GemmKernel::kSums32: return launch_gemm_for_groups<GemmKernel::kSums32, T>(args, plan, stream);
+    case GemmKernel::kSums32Medium:
+      return launch_gemm_for_groups<GemmKernel::kSums32Medium, T>(args, plan, stream);
     case GemmKernel::kSums32Narrow:
       return launch_gemm_for_groups<GemmKernel::kSums32Narrow, T>(args, plan, stream);
+    case GemmKernel::kSums48: return launch_gemm_for_groups<GemmKernel::kSums48, T>(args, plan, stream);
+    case GemmKernel::kSums48Narrow:
+      return launch_gemm_for_groups<GemmKernel::kSums48Narrow, T>(args, plan, stream);
     case GemmKernel::kSums64: return launch_gemm_for_groups<GemmKernel::kSums64, T>(args, plan, stream);
     case GemmKernel::kSums64Narrow:
       return launch_gemm_for_groups<GemmKernel::kSums64Narrow, T>(args, plan, stream);
