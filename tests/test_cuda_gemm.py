@@ -2,9 +2,9 @@
 every GPU (csrc/cuda/portable_gemm.cuh).
 
 Which of them runs follows from the sizes and the types (gemm_plan.h and portable_gemm_plan.h there). Hopper's: scales
-on the sums of 16, 32, 48 or 64 tokens, the same with zeros for 48, scales on the weights for 96 or 128; tiles of 256 or
-384 features or, for small layers, 128. The portable ones: scales on the sums of 16, 32 or 64 tokens, the same with zeros
-for 32 or 64, scales on the weights for 128; tiles of 128 features or, for the last, 256.
+on the sums of 16, 32, 48 or 64 tokens, the same with zeros for 48, scales on the weights for 96 or 128; tiles of 256
+or 384 features or, for small layers, 128. The portable ones: scales on the sums of 16, 32 or 64 tokens, the same with
+zeros for 32 or 64, scales on the weights for 128; tiles of 128 features or, for the last, 256.
 """
 
 import itertools
