@@ -92,23 +92,20 @@ struct TileLayout {
            (kWarpTiles == 1 ? warp % L::kTiles * 2 : 0);
   }
 
-  // Row r of a thread's accumulators: four features of a token, or two of two tokens.
-  static __device__ __forceinline__ float4 row_of(const float (&d)[kWarpTiles][kSums], int r) {
+  // The j-th of the four accumulators of row r of a thread: four features of a token, or two of two tokens.
+  template <typename Sums>
+  static __device__ __forceinline__ auto& sum_at(Sums& d, int r, int j) {
     if constexpr (kWarpTiles == 2) {
-      const int at = r / 2 * 4 + r % 2;
-      return {d[0][at], d[0][at + 2], d[1][at], d[1][at + 2]};
+      return d[j / 2][r / 2 * 4 + r % 2 + j % 2 * 2];
     } else {
-      return {d[0][4 * r], d[0][4 * r + 2], d[0][4 * r + 1], d[0][4 * r + 3]};
+      return d[0][4 * r + j % 2 * 2 + j / 2];
     }
   }
-
+  static __device__ __forceinline__ float4 row_of(const float (&d)[kWarpTiles][kSums], int r) {
+    return {sum_at(d, r, 0), sum_at(d, r, 1), sum_at(d, r, 2), sum_at(d, r, 3)};
+  }
   static __device__ __forceinline__ void add_to_row(float (&d)[kWarpTiles][kSums], int r, const float4& v) {
-    if constexpr (kWarpTiles == 2) {
-      const int at = r / 2 * 4 + r % 2;
-      d[0][at] += v.x, d[0][at + 2] += v.y, d[1][at] += v.z, d[1][at + 2] += v.w;
-    } else {
-      d[0][4 * r] += v.x, d[0][4 * r + 2] += v.y, d[0][4 * r + 1] += v.z, d[0][4 * r + 3] += v.w;
-    }
+    sum_at(d, r, 0) += v.x, sum_at(d, r, 1) += v.y, sum_at(d, r, 2) += v.z, sum_at(d, r, 3) += v.w;
   }
 
   // y = row r of a thread of `warpgroup`.

@@ -113,11 +113,12 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   gemm.unit_rows = gemm.group_shift < 7 ? 128 >> gemm.group_shift : 1;
   gemm.row_shift = std::min(gemm.group_shift, 7) - 5;
 
-  CUtensorMap x_map, x_rest_map;  // of whole tiles, and of the tokens after them
-  const int rest = static_cast<int>(p.m % kShape.tokens);
+  CUtensorMap x_map;
   if (std::string error = make_x_map(x_map, args, kShape.tokens); !error.empty()) return error;
-  if (std::string error = make_x_map(x_rest_map, args, rest > 0 ? rest : kShape.tokens); !error.empty())
-    return error;
+  CUtensorMap x_rest_map = x_map;  // of the tokens after whole tiles
+  if (const int rest = static_cast<int>(p.m % kShape.tokens); rest > 0) {
+    if (std::string error = make_x_map(x_rest_map, args, rest); !error.empty()) return error;
+  }
   if constexpr (kHasZeros) {
     std::string error = launch_sum_groups<T, kGroupSize>(gemm, args, gemm_part_bytes(p, kernel),
                                                          gemm_x_sums(p), gemm_x_sums_stride(p), stream);
