@@ -29,7 +29,7 @@ struct Variant {
   const char* name;
   const void* kernel;
   int warps, blocks_per_sm, stages, tokens;
-  int (*smem)(int rows, int upr);
+  int (*smem)(int rows, int upr, int ranks);
 };
 
 template <template <int, typename, typename, int, int, bool> class MathOf, int kTT, int kWarps, int kStages,
@@ -42,8 +42,8 @@ Variant make(const char* name) {
           kBps,
           kStages,
           Math::kTokens,
-          [](int rows, int upr) {
-            return DecodeSmem<Math, 2, kWarps, kStages, false, sizeof(T)>::total_bytes(rows, upr);
+          [](int rows, int upr, int ranks) {
+            return DecodeSmem<Math, 2, kWarps, kStages, false, sizeof(T)>::total_bytes(rows, upr, ranks);
           }};
 }
 
@@ -106,7 +106,7 @@ int main(int argc, char** argv) {
             const int units = ceil_div(k, 128);
             const int upr = ceil_div(units, ranks);
             if (upr * (ranks - 1) >= units) continue;
-            const int smem = v.smem(std::min(m, v.tokens), upr);
+            const int smem = v.smem(std::min(m, v.tokens), upr, ranks);
             if (smem > 227 * 1024 / v.blocks_per_sm - 1024) continue;
             const void* kernel = v.kernel;
             CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));

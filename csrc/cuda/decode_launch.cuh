@@ -39,10 +39,12 @@ struct DecodeInstance {
 
   static std::string launch(const DecodeLaunch& launch, DecodeArgs args) {
     const int rows = std::min<int>(args.m, Math::kTokens);
-    const auto bytes_of = [rows](int units) { return Smem::total_bytes(rows, units); };
+    const auto bytes_of = [rows](int units, int ranks) {
+      return Smem::total_bytes(rows, units, kShape.cluster ? ranks : 1);
+    };
     const DecodePlan plan = plan_decode(launch.problem, kernel, launch.sms, launch.shared_memory, bytes_of);
     if (plan.ranks == 0) return kDoesNotFit;
-    const int bytes = bytes_of(plan.units_per_rank);
+    const int bytes = bytes_of(plan.units_per_rank, plan.ranks);
     const auto function = decode_kernel<Math, 2, T, S, kGroupSize, kHasZeros, kShape.warps, kStages,
                                         kShape.cluster, kBlocksPerSm>;
     cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

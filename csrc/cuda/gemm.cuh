@@ -36,9 +36,8 @@
 // Work: tiles in whole rounds of the grid first; the tiles of the last, incomplete round are cut along K
 // so that every thread block gets the same number of units, and written in parts that add_gemm_parts adds
 // up, in order (stream-K, arXiv:2301.03598; without its fix-up, in which blocks wait for each other). Where there
-// are few tiles, a cluster shares each: every thread block takes a run of K, and they add up each other's parts by way
-// of the L2 cache (4096 x 4096, 256 tokens: 16.5 us; 18.4 by stores to each other's shared memory, whose loads gave 9
-// bytes a clock). GemmPlan chooses.
+// are few tiles, a cluster shares each: every thread block takes a run of K, and they add up each other's parts.
+// GemmPlan chooses.
 #pragma once
 
 #include <algorithm>
@@ -144,7 +143,7 @@ struct GemmSmem {
   static constexpr int kStageBytes =
       (kScales + kRows * (kHasZeros ? 2 : 1) * kScaleRowBytes + kAlignment - 1) / kAlignment * kAlignment;
   static constexpr int kBarriers = kStages * kStageBytes;
-  static constexpr int kBytes = kBarriers + 2 * kStages * 8 + kAlignment;
+  static constexpr int kBytes = kBarriers + (2 * kStages + 1) * 8 + kAlignment;
   static_assert(L::kBlockK * 2 == 128, "a token's k of a block are one row of the 128-byte swizzle");
 };
 
@@ -221,6 +220,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   const auto stage_at = [&](int stage) { return shared + stage * Smem::kStageBytes; };
   const auto full = [&](int stage) { return shared + Smem::kBarriers + stage * 8; };
   const auto empty = [&](int stage) { return shared + Smem::kBarriers + (kStages + stage) * 8; };
+  const uint32_t exchanged = shared + Smem::kBarriers + 2 * kStages * 8;  // the sums of a cluster's blocks
   const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -240,6 +240,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         barrier_init(full(stage), 1);
         barrier_init(empty(stage), kWarpgroups * 128);
       }
+      barrier_init(exchanged, 1);
       barrier_init_fence();
     }
     arrive_at_barrier<0, kWorkingWarps>();
@@ -516,6 +517,42 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       }
     };
 
+    // Each block of a cluster adds up a run of the tile's rows: to its own sums those of the others, in the order of
+    // ranks. Small ones are sent to its shared memory; others go through the L2 cache.
+    const int ranks = args.walk.ranks;
+    const auto first_row_of = [&](int rank) { return rank * Tile::kRows / ranks; };
+    constexpr int kThreads = kWarpgroups * 128;
+    const auto send_and_store = [&](const TilePosition& at, float (&d)[kWarpTiles][kSums]) {
+      constexpr int kRowBytes = kThreads * 16;  // of the sums of a block, or of what one sends to another
+      const int rank = opaque(blockIdx.x);
+      const int begin = first_row_of(rank), rows = first_row_of(rank + 1) - begin;
+      if (threadIdx.x == 0) barrier_arrive_expecting(exchanged, (ranks - 1) * rows * kRowBytes);
+      cluster_arrive_relaxed();
+      cluster_wait();  // the others are through with their rings, where the sums go now
+      const uint32_t mine = shared + threadIdx.x * 16;
+#pragma unroll 1
+      for (int other = 0; other < ranks; ++other) {
+        if (other == rank) continue;
+        const int first = first_row_of(other), end = first_row_of(other + 1);
+        const int source = rank < other ? rank : rank - 1;
+        const uint32_t to = address_in(other, mine) + (source * (end - first) - first) * kRowBytes;
+        const uint32_t arrived = address_in(other, exchanged);
+#pragma unroll
+        for (int r = 0; r < Tile::kRows; ++r) {
+          if (r >= first && r < end) send(to + r * kRowBytes, Tile::row_of(d, r), arrived);
+        }
+      }
+      barrier_wait_for_cluster(exchanged, 0);
+#pragma unroll
+      for (int r = 0; r < Tile::kRows; ++r) {
+        if (r < begin || r >= begin + rows) continue;
+#pragma unroll 1
+        for (int source = 0; source < ranks - 1; ++source)
+          Tile::add_to_row(d, r, load_shared_floats(mine + (source * rows + r - begin) * kRowBytes));
+        Tile::template store<T>(args, at, warpgroup, r, Tile::row_of(d, r));
+      }
+    };
+
     const auto store = [&](const Segment& segment, float (&d)[kWarpTiles][kSums]) {
       const TilePosition at = {segment.m_tile, segment.n_tile};
       if (segment.part < 0) {
@@ -524,19 +561,23 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
           Tile::template store<T>(args, at, warpgroup, r, Tile::row_of(d, r));
         return;
       }
+      constexpr bool kSends = Tile::kRows * kThreads * 16 <= kMostBytesSent;
+      if (kSends && ranks > 1) {
+        send_and_store(at, d);
+        return;
+      }
       // Where this thread's sums of row 0 are, in its block's part; a row is 128 of these.
-      constexpr int kPart = kWarpgroups * Tile::kRows * 128;
+      constexpr int kPart = Tile::kRows * kThreads;
       float4* const part = args.parts + (static_cast<int64_t>(segment.part) * kPart +
                                          opaque(warpgroup * Tile::kRows * 128 + threadIdx.x % 128));
-      // Each block of a cluster adds up a run of rows: to its own sums those of the others, in the order of ranks.
-      const int ranks = args.walk.ranks, rank = opaque(blockIdx.x);
-      const int begin = ranks == 1 ? 0 : rank * Tile::kRows / ranks;
-      const int end = ranks == 1 ? 0 : (rank + 1) * Tile::kRows / ranks;
+      const int rank = opaque(blockIdx.x);
+      const int begin = kSends || ranks == 1 ? 0 : first_row_of(rank);
+      const int end = kSends || ranks == 1 ? 0 : first_row_of(rank + 1);
 #pragma unroll
       for (int r = 0; r < Tile::kRows; ++r) {
         if (r < begin || r >= end) part[r * 128] = Tile::row_of(d, r);
       }
-      if (ranks == 1) return;
+      if (kSends || ranks == 1) return;
       cluster_arrive();
       cluster_wait();
       constexpr int kAtOnce = Tile::kRows % 8 == 0 ? 8 : Tile::kRows % 6 == 0 ? 6 : 4;  // rows on their way

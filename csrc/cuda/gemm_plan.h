@@ -37,6 +37,10 @@ inline constexpr GemmKernel kGemmKernels[] = {
     GemmKernel::kZeros48,      GemmKernel::kWeights96,       GemmKernel::kWeights96Narrow,
     GemmKernel::kWeights128,   GemmKernel::kWeights128Narrow};
 
+// Blocks of a cluster send their sums to each other where a tile has no more bytes of them. More go faster through the L2
+// cache: 256 tokens of 4096 x 4096 take 16.5 us that way and 18.4 the other, 16 tokens 7.9 and 7.3.
+inline constexpr int64_t kMostBytesSent = 32 << 10;
+
 struct GemmShape {
   int tokens, warpgroups;
   int warp_tiles;  // of 16 features for each warp: 2, or 1 for narrow tiles

@@ -34,6 +34,30 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// The same for a barrier that other blocks of the cluster send to: what they sent is visible then.
+__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  JAX_TRIRUN_FROM_SM_90(
+      asm volatile("{\n.reg .pred done;\nagain:\n"
+                   "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                   "@!done bra again;\n}\n" ::"r"(barrier),
+                   "r"(parity) : "memory"));
+}
+
+// [mapa] A shared address in the cluster's block `rank`.
+__device__ __forceinline__ uint32_t address_in(uint32_t rank, uint32_t address) {
+  uint32_t remote = 0;
+  JAX_TRIRUN_FROM_SM_90(
+      asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(remote) : "r"(address), "r"(rank)));
+  return remote;
+}
+// [st.async] Sends four floats to another block of the cluster: they count as bytes at its barrier.
+__device__ __forceinline__ void send(uint32_t to, const float4& v, uint32_t barrier) {
+  JAX_TRIRUN_FROM_SM_90(asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::
+          "r"(to),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory"));
+}
+
 // [cp.async.bulk] Contiguous bytes (a multiple of 16, both ends aligned to 16) that arrive at `barrier`.
 __device__ __forceinline__ void copy_bulk(uint32_t to_shared, const void* from_global, int bytes,
                                           uint32_t barrier) {

@@ -120,7 +120,7 @@ inline bool all_have_work(int units, int ranks) {
   return ranks == 1 || ceil_div(units, ranks) * (ranks - 1) < units;
 }
 
-// A split of K whose slice of x fits `shared_memory`, as `bytes_of(units)` counts it: the fastest one into a cluster (a
+// A split of K whose slice of x fits `shared_memory`, as `bytes_of(units, ranks)` counts it: the fastest one into a cluster (a
 // power of two), or the smallest one where each part of K is written by itself.
 template <typename BytesOf>
 DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int shared_memory,
@@ -130,7 +130,7 @@ DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int
   DecodePlan best;
   for (int ranks = 1; ranks <= (cluster ? kMaxRanks : units); ranks = cluster ? ranks * 2 : ranks + 1) {
     const int units_per_rank = static_cast<int>(ceil_div(units, ranks));
-    if (!all_have_work(units, ranks) || bytes_of(units_per_rank) > shared_memory) continue;
+    if (!all_have_work(units, ranks) || bytes_of(units_per_rank, ranks) > shared_memory) continue;
     if (!cluster) return {ranks, units_per_rank};
     const int64_t clocks = clocks_of_split(problem, kernel, ranks, sms);
     if (best.ranks == 0 || clocks < best.clocks) best = {ranks, units_per_rank, clocks};
@@ -141,7 +141,7 @@ DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int
 // Clocks of the kernel and the split that are chosen where shared memory is no limit.
 inline int64_t decode_clocks(const Problem& problem, int sms) {
   const DecodeKernel kernel = choose_decode_kernel(problem, sms, /*portable=*/false);
-  return plan_decode(problem, kernel, sms, 0, [](int) { return 0; }).clocks;
+  return plan_decode(problem, kernel, sms, 0, [](int, int) { return 0; }).clocks;
 }
 
 }  // namespace jax_trirun::cuda

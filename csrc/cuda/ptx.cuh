@@ -69,6 +69,15 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
@@ -148,6 +157,10 @@ __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t magic) {
 __device__ __forceinline__ void cluster_arrive() {
   JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.arrive.release.aligned;\n" :: : "memory"));
 }
+// The same without the visibility, of global memory above all, which takes half a microsecond.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" :: : "memory"));
+}
 __device__ __forceinline__ void cluster_wait() {
   JAX_TRIRUN_FROM_SM_90(asm volatile("barrier.cluster.wait.acquire.aligned;\n" :: : "memory"));
 }
@@ -159,15 +172,4 @@ __device__ __forceinline__ void allow_dependents() {
 __device__ __forceinline__ void wait_for_prerequisites() {
   JAX_TRIRUN_FROM_SM_90(asm volatile("griddepcontrol.wait;\n" :: : "memory"));
 }
-// [mapa, ld.shared::cluster] Four floats at the same shared address in another block of the cluster.
-__device__ __forceinline__ float4 load_remote(uint32_t address, uint32_t rank) {
-  float4 v = {};
-  JAX_TRIRUN_FROM_SM_90(
-      asm volatile("{\n.reg .b32 remote;\n"
-                   "mapa.shared::cluster.u32 remote, %4, %5;\n"
-                   "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}\n" : "=f"(v.x),
-                   "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory"));
-  return v;
-}
-
 }  // namespace jax_trirun::cuda
