@@ -31,9 +31,9 @@ inline bool has_gemm(bool portable, int compute_capability) {
 // The one place that divides products between the kernels for few tokens (decode.cuh) and those for many: of Hopper
 // (gemm.cuh) and of every GPU (portable_gemm.cuh).
 enum class Kernels { kDecode, kGemm, kPortableGemm };
-inline Kernels kernels_for(const Product& product, int compute_capability) {
+inline Kernels kernels_for(const Product& product, int compute_capability, int sms) {
   if (has_gemm(product.portable, compute_capability))
-    return is_for_gemm(product.problem, product.zeros) ? Kernels::kGemm : Kernels::kDecode;
+    return is_for_gemm(product.problem, product.zeros, sms) ? Kernels::kGemm : Kernels::kDecode;
   return is_for_portable_gemm(product.problem, product.zeros) ? Kernels::kPortableGemm : Kernels::kDecode;
 }
 
@@ -47,7 +47,7 @@ inline int64_t rows_at_first(const Product& product, Kernels kernels, int sms) {
 // The kernel that a product takes, its tiles and its split of K, for people to read.
 inline std::string describe(const Product& product, int compute_capability, int sms) {
   const Problem& p = product.problem;
-  const Kernels kernels = kernels_for(product, compute_capability);
+  const Kernels kernels = kernels_for(product, compute_capability, sms);
   if (const int64_t first = rows_at_first(product, kernels, sms); first < p.m) {
     return describe(product.with_rows(first), compute_capability, sms) + "; then, for the last " +
            std::to_string(p.m - first) + " rows, " +

@@ -49,6 +49,7 @@ struct GemmShape {
   bool on_weights = false;  // scales, else on the sums of groups
   int features() const { return warpgroups * 4 * 16 * warp_tiles; }
   int64_t tile_bytes() const { return int64_t{4} * tokens * features(); }  // of its float32 sums
+  bool sends_sums() const { return tile_bytes() <= kMostBytesSent; }
 };
 
 constexpr GemmShape shape_of(GemmKernel kernel) {
@@ -87,13 +88,6 @@ inline constexpr int kMaxGemmParts = 2 * kMaxGemmGrid;
 // Tiles and units of K are counted in int.
 inline constexpr int64_t kMaxGemmTokens = 1 << 20;
 
-// Whether the kernels of gemm.cuh are faster than those of decode.cuh. From 9 to 16 tokens they are for large layers:
-// 8192 x 57344 takes 59 us and 72, 28672 x 8192 34 and 42, 4096 x 28672 20.3 and 20.5.
-inline bool is_for_gemm(const Problem& problem, bool zeros) {
-  constexpr int64_t kLargeLayerWords = 3 << 20;  // 12 MB
-  return problem.m > 16 || (problem.m > 8 && !zeros && problem.words<2>() >= kLargeLayerWords);
-}
-
 struct GemmPlan {
   int grid;  // thread blocks, or with clusters: of one cluster's size for each tile
   int m_tiles, n_tiles, units;
@@ -113,9 +107,9 @@ inline GemmPlan plan_gemm(const Problem& problem, const GemmShape& shape, int sm
   // Clocks, fitted to what bench/cuda_gemm_explore.cu measures on an H200 (all kernels, seven shapes of layers, 9 to 4096
   // tokens: the kernel that is chosen takes 0.3 % longer than the best on average): to begin and end, beside the first
   // and the last unit; to add up the parts in a second kernel (through the L2 cache, at some 1,800 bytes a clock), or in
-  // a cluster (a thread block at 12 bytes a clock).
+  // a cluster (a thread block at some 10 bytes a clock).
   const int64_t start = 4500 + 2 * shape.unit_clocks;
-  constexpr int64_t kOfParts = 2500, kOfCluster = 1550;
+  constexpr int64_t kOfParts = 2500;
   GemmPlan plan = {};
   plan.m_tiles = static_cast<int>(ceil_div(problem.m, shape.tokens));
   plan.n_tiles = static_cast<int>(ceil_div(problem.n, shape.features()));
@@ -147,7 +141,9 @@ inline GemmPlan plan_gemm(const Problem& problem, const GemmShape& shape, int sm
     if (!all_have_work(plan.units, ranks) || int64_t{tiles} * ranks > kMaxGemmParts) continue;
     const int64_t rounds = ceil_div(tiles, clusters_at_once(ranks, sms));
     const int64_t of_others = shape.tile_bytes() * (ranks - 1) / ranks;
-    const int64_t clocks = rounds * (start + rank_units * shape.unit_clocks + kOfCluster + of_others / 12);
+    const int64_t of_sums =
+        shape.sends_sums() ? 150 + 290 * (ranks - 2) + of_others / 9 : 1550 + of_others / 12;
+    const int64_t clocks = rounds * (start + rank_units * shape.unit_clocks + of_sums);
     if (clocks >= plan.clocks) continue;
     plan.grid = plan.ranks = ranks;
     plan.rank_units = rank_units;
@@ -189,6 +185,15 @@ inline bool may_take(GemmKernel kernel, int64_t m, bool all_of_x_type, bool zero
 inline GemmChoice<GemmKernel> choose_gemm(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
   return cheapest(kGemmKernels, problem, all_of_x_type, zeros,
                   [&](GemmKernel kernel) { return plan_gemm(problem, shape_of(kernel), sms); });
+}
+
+// Whether the kernels of gemm.cuh are faster than those of decode.cuh. From 9 to 16 tokens they are for large layers:
+// 8192 x 57344 takes 54 us and 73, 28672 x 8192 30 and 40, 4096 x 4096 7.3 and 6.5.
+inline bool is_for_gemm(const Problem& problem, bool zeros, int sms) {
+  if (problem.m <= 8 || (zeros && problem.m <= kMaxDecodeTokens)) return false;
+  return problem.m > kMaxDecodeTokens ||
+         choose_gemm(problem, /*all_of_x_type=*/false, zeros, sms).plan.clocks <
+             decode_clocks(problem, sms);
 }
 
 // Rows of x in the first of two launches, or all `m` of them, whichever takes the fewest clocks: `in_one` all of them
@@ -247,7 +252,7 @@ inline int64_t gemm_x_sums(const Problem& problem) {
 
 // Enough for whichever kernel the types and the device ask for: parts, then sums of x.
 inline int64_t gemm_scratch_bytes(const Problem& problem) {
-  if (!is_for_gemm(problem, /*zeros=*/false)) return 0;
+  if (problem.m <= 8) return 0;
   int64_t parts = 0;
   for (GemmKernel kernel : kGemmKernels) {
     bool may = false;

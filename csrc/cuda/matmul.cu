@@ -144,7 +144,7 @@ std::string matmul(const MatmulArgs& args, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return "";
 
   const Product product = product_of(args);
-  const Kernels kernels = kernels_for(product, major * 10 + minor);
+  const Kernels kernels = kernels_for(product, major * 10 + minor, sms);
   if (const int64_t first = rows_at_first(product, kernels, sms); first < p.m) {
     MatmulArgs part = args;
     part.problem.m = first;

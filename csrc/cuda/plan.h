@@ -51,23 +51,6 @@ struct DecodePlan {
   int64_t clocks = 0;  // estimated, of kernels with clusters
 };
 
-// Whether every multiprocessor has many units of 128 x 32 weights (4096 x 28672 and larger, on 132 of them).
-inline bool is_large(const Problem& problem, int sms) {
-  return ceil_div(problem.k, 128) * problem.n_blocks<2>() >= 200 * int64_t{sms};
-}
-
-// The kernel for M tokens of an N x K problem on a GPU with `sms` multiprocessors.
-inline DecodeKernel choose_decode_kernel(const Problem& problem, int sms, bool portable) {
-  if (portable) return problem.m <= 8 ? DecodeKernel::kFloat1Portable : DecodeKernel::kFloat2Portable;
-  if (problem.m <= 2) return DecodeKernel::kSlices1;
-  // Cutting more activations into digits takes long, and pays where many words meet them. Putting each group's sum
-  // together from its digits' takes long, too: with groups of 32, 8192 x 57344 takes 65 us this way and 53 the other.
-  const bool large_groups =
-      problem.groups == 1 || problem.group_size() >= shape_of(DecodeKernel::kSlices2).smallest_group;
-  if (problem.m <= 4 && large_groups && is_large(problem, sms)) return DecodeKernel::kSlices2;
-  return problem.m <= 8 ? DecodeKernel::kFloat1 : DecodeKernel::kFloat2;
-}
-
 // Clusters of so many thread blocks that run at the same time, as cudaOccupancyMaxActiveClusters counts them on an
 // H200 (132 multiprocessors in GPCs of 16 and 18, of which a cluster cannot cross the border). Only a guess where the
 // multiprocessors are not 132: results do not depend on it.
@@ -78,22 +61,21 @@ inline int clusters_at_once(int ranks, int sms) {
 }
 
 // What the clocks that a launch with clusters takes on an H200 are the sum of, fitted to 24 shapes of layers
-// (bench/results/cuda_decode_*.csv): the fastest split is chosen, or one that is 0.4 % slower on average.
+// (bench/results/cuda_decode_*.csv): the fastest kernel and split are chosen, or some that are 0.6 % slower on average.
 struct DecodeCosts {
-  int start;     // and end
-  int cluster;   // to add up the sums of a cluster ..
-  int of_eight;  // .. and more for one of eight
-  int unit;      // of 128 x 32 weights, on a quarter of a multiprocessor
-  int x;         // 128 values of a token that a thread block brings (and cuts into digits)
-  int line;      // to begin again with the next n-blocks
-  int item;      // sums of a token and an n-block
+  int start;    // and end
+  int cluster;  // to add up the sums of a cluster
+  int unit;     // of 128 x 32 weights, on a quarter of a multiprocessor
+  int x;        // 128 values of a token that a thread block brings (and cuts into digits)
+  int line;     // to begin again with the next n-blocks
+  int item;     // sums of a token and an n-block
 };
 constexpr DecodeCosts costs_of(DecodeKernel kernel) {
   switch (kernel) {
-    case DecodeKernel::kSlices1: return {5500, 1400, 400, 234, 10, 3900, 21};
-    case DecodeKernel::kSlices2: return {7000, 1600, 480, 263, 20, 3500, 39};
-    case DecodeKernel::kFloat1: return {5400, 1200, 150, 365, 9, 2600, 28};
-    case DecodeKernel::kFloat2: return {5000, 900, 400, 480, 12, 1100, 31};
+    case DecodeKernel::kSlices1: return {5550, 840, 236, 22, 1580, 29};
+    case DecodeKernel::kSlices2: return {6250, 950, 253, 29, 1620, 62};
+    case DecodeKernel::kFloat1: return {5500, 450, 370, 10, 1600, 16};
+    case DecodeKernel::kFloat2: return {4650, 450, 495, 9, 0, 22};
     default: return {};
   }
 }
@@ -110,9 +92,8 @@ inline int64_t clocks_of_split(const Problem& problem, DecodeKernel kernel, int 
   int64_t of_warp = 0;  // units
   for (int64_t left = most; left > 0; left -= at_once)
     of_warp += ceil_div(std::min(left, at_once) * units, shape.warps);
-  return costs.start + (ranks > 1 ? costs.cluster : 0) + (ranks > 4 ? costs.of_eight : 0) +
-         of_warp * (shape.warps / 4) * costs.unit + tokens * units * costs.x + (lines - 1) * costs.line +
-         tokens * most * costs.item;
+  return costs.start + (ranks > 1 ? costs.cluster : 0) + of_warp * (shape.warps / 4) * costs.unit +
+         tokens * units * costs.x + (lines - 1) * costs.line + tokens * most * costs.item;
 }
 
 // Whether each of `ranks` thread blocks has some of the units.
@@ -138,10 +119,29 @@ DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int
   return best;
 }
 
-// Clocks of the kernel and the split that are chosen where shared memory is no limit.
-inline int64_t decode_clocks(const Problem& problem, int sms) {
-  const DecodeKernel kernel = choose_decode_kernel(problem, sms, /*portable=*/false);
+// Clocks of a kernel and the split that is chosen where shared memory is no limit.
+inline int64_t clocks_of(const Problem& problem, DecodeKernel kernel, int sms) {
   return plan_decode(problem, kernel, sms, 0, [](int, int) { return 0; }).clocks;
+}
+
+// The kernel for M tokens of an N x K problem on a GPU with `sms` multiprocessors: digits, where they are cut fast
+// enough, else floats.
+inline DecodeKernel choose_decode_kernel(const Problem& problem, int sms, bool portable) {
+  if (portable) return problem.m <= 8 ? DecodeKernel::kFloat1Portable : DecodeKernel::kFloat2Portable;
+  if (problem.m > 8) return DecodeKernel::kFloat2;
+  const DecodeKernel slices = problem.m <= 2 ? DecodeKernel::kSlices1 : DecodeKernel::kSlices2;
+  // Putting each group's sum together from its digits' takes long: with groups of 32 and four tokens, 8192 x 57344 takes
+  // 65 us this way and 53 the other.
+  const bool may_cut =
+      problem.m <= 4 && (problem.groups == 1 || problem.group_size() >= shape_of(slices).smallest_group);
+  if (may_cut && clocks_of(problem, slices, sms) < clocks_of(problem, DecodeKernel::kFloat1, sms))
+    return slices;
+  return DecodeKernel::kFloat1;
+}
+
+// Clocks of the kernel that is chosen on a GPU with clusters.
+inline int64_t decode_clocks(const Problem& problem, int sms) {
+  return clocks_of(problem, choose_decode_kernel(problem, sms, /*portable=*/false), sms);
 }
 
 }  // namespace jax_trirun::cuda
