@@ -371,8 +371,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     if (block + args.n_blocks_at_once < end_block) __syncthreads();
   };
 
-  // Every ranks-th item is this block's to add up and write. The others send it their sums: what they write into its
-  // shared memory counts bytes at its barrier, so that nothing but these waits for anything.
+  // Every ranks-th item (ranks is a power of two) is this block's to add up and write. The others send it their sums,
+  // which count as bytes at its barrier: that is all it waits for.
   auto reduce_in_cluster = [&](int block, uint32_t parity) {
     // Again, or what follows from them takes registers that the main loop needs (up to 16 of its 300 instructions more).
     const int ranks = opaque(gridDim.x), rank = opaque(blockIdx.x);
