@@ -101,8 +101,8 @@ inline bool all_have_work(int units, int ranks) {
   return ranks == 1 || ceil_div(units, ranks) * (ranks - 1) < units;
 }
 
-// A split of K whose slice of x fits `shared_memory`, as `bytes_of(units, ranks)` counts it: the fastest one into a cluster (a
-// power of two), or the smallest one where each part of K is written by itself.
+// A split of K whose slice of x fits `shared_memory`, as `bytes_of(units, ranks)` counts it: the fastest one into a
+// cluster (a power of two), or the smallest one where each part of K is written by itself.
 template <typename BytesOf>
 DecodePlan plan_decode(const Problem& problem, DecodeKernel kernel, int sms, int shared_memory,
                        const BytesOf& bytes_of) {

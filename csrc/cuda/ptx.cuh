@@ -69,15 +69,6 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   return v;
 }
 
-__device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
@@ -85,6 +76,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
                : "r"(address)
                : "memory");
   return v;
+}
+
+__device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
+  const uint4 v = load_shared_16(address);
+  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                     __uint_as_float(v.w));
 }
 
 // [bar] Barriers of kWarps warps; __syncthreads is number 0 with all of them. Who only arrives does not wait.
@@ -172,4 +169,5 @@ __device__ __forceinline__ void allow_dependents() {
 __device__ __forceinline__ void wait_for_prerequisites() {
   JAX_TRIRUN_FROM_SM_90(asm volatile("griddepcontrol.wait;\n" :: : "memory"));
 }
+
 }  // namespace jax_trirun::cuda
