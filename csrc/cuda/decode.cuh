@@ -22,7 +22,8 @@
 // Measured on an H200, and dropped: digits by wgmma for three to eight tokens, the four warps of a warpgroup side by
 // side. By itself that arithmetic takes a quarter less (bench/results/cuda_arithmetic_*.csv); but 8192 x 57344 took 38.4
 // us instead of 39.7 at four tokens, smaller layers longer, and eight tokens longer everywhere: their digits leave
-// shared memory for half as many words on their way, and a block of 128 features is a coarse share. And x asked for
+// shared memory for half as many words on their way, and a block of 128 features is a coarse share. With x cut by a
+// kernel of its own before it, eight tokens take 45.1 us instead of 46.7, and 4 us longer in small layers. And x asked for
 // by several warps, before a barrier or after the first words: within 1 %, as all blocks want it from L2 at once. The
 // conversions' constants in registers instead of instructions: 2 % slower. And, without having been built, the codes as
 // the positions of a sparse mma's values, each of which picks -x, 0, x or 2x, with no conversion at all: 32 mma.sp for
@@ -37,6 +38,10 @@
 // Digits: the values of one unit for a warp instead of four (10 to 20 % slower: the steps that a warp takes together
 // weigh more), x by the copy engine (it arrives 2,000 clocks after the words that were asked for at the same time), x by
 // asynchronous copies to shared memory, from where it is cut (1 % faster with one token, 3 % slower with four).
+//
+// The first words asked for before x: large layers 1 % faster or slower, small ones 12 % slower, as x then waits behind
+// the words. All words of a thread block, or the first 32 KB, asked for in L2 at the very beginning
+// (cp.async.bulk.prefetch): 1 to 60 % slower, as what is asked for twice is read from memory twice.
 //
 // Without clusters (before sm_90) the thread blocks that share an n-block write one part of the result
 // each, in float32, and add_parts adds them up.
@@ -201,7 +206,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 
   // ---- the named steps ----
 
-  // A warp's piece of a line: units of one n-block, then perhaps of the next.
+  // A warp's piece of a line: units of one n-block, perhaps to its end, and then of the next. Those of the next come
+  // first, so that the warps are all at about the same place of K: there their words are neighbours in memory.
   struct Piece {
     int n_block, unit;  // where it begins; n-blocks counted from the line's first
     int count;          // of units of n_block
@@ -230,7 +236,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   int fetch_block = 0;
   int fetch_unit = 0;
   int fetch_left = 0;  // units of this n-block
-  int fetch_more = 0;  // units of the next one
+  int fetch_more = 0;  // units of the one before, up to its end
   bool fetch_scale = false;
   uint32_t fetch_stage = ring;
   const char* fetch_words = nullptr;
@@ -253,13 +259,14 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   };
   auto aim_fetch = [&] {
     const Piece piece = piece_of(blocks_from(fetch_first) * rank_units);
-    aim_at(fetch_first + piece.n_block, piece.unit, piece.count);
-    fetch_more = piece.more;
+    const bool two = piece.more > 0;
+    aim_at(fetch_first + piece.n_block + two, two ? 0 : piece.unit, two ? piece.more : piece.count);
+    fetch_more = two ? piece.count : 0;
   };
   auto aim_next = [&] {
     while (fetch_left <= 0) {
       if (fetch_more > 0) {
-        aim_at(fetch_block + 1, 0, fetch_more);
+        aim_at(fetch_block - 1, rank_units - fetch_more, fetch_more);
         fetch_more = 0;
       } else {  // the next line
         fetch_first += args.n_blocks_at_once;
@@ -465,10 +472,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   for (int block = first_block; block < end_block; block += args.n_blocks_at_once) {
     if (block != first_block) find_pieces(block);
     const Piece piece = piece_of(blocks_from(block) * rank_units);
-    int unit = piece.unit;
-    int count = piece.count;
+    const bool two = piece.more > 0;
+    int unit = two ? 0 : piece.unit;
+    int count = two ? piece.more : piece.count;
     // A warp without a piece (of a short line) leaves a sum too: zero.
-    for (int slot = 0; slot == 0 || (slot == 1 && count > 0); ++slot) {
+    for (int slot = two; slot >= 0; --slot) {
       const int end = min(unit + count, rank_real_units);
       math.begin(unit);
       int x_until = 0;  // the units before it have their x
@@ -487,8 +495,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
         fetch();
       }
       write_partials(slot);
-      unit = 0;
-      count = piece.more;
+      unit = piece.unit;
+      count = piece.count;
     }
     if (in_cluster) {
       reduce_in_cluster(block, parity);

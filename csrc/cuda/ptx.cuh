@@ -19,11 +19,13 @@ __device__ __forceinline__ uint32_t opaque(int value) {
   return value;
 }
 
-// [cp.async] Copies kBytes from global to shared memory behind the thread's back, 16 bytes past L1.
+// [cp.async] Copies kBytes from global to shared memory behind the thread's back, 16 bytes past L1. The L2 cache is to
+// bring 128 bytes from memory at once, as a warp wants them all: with one row 8192 x 57344 takes 33.4 us instead of 33.8,
+// 28672 x 8192 18.9 instead of 19.2. With 256 bytes they take 3 % longer.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from_global) {
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to_shared), "l"(from_global)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(to_shared), "l"(from_global)
                  : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(to_shared), "l"(from_global),
