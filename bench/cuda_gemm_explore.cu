@@ -75,6 +75,7 @@ int main(int argc, char** argv) {
 #else
       make<GemmKernel::kSums16>("sums16", 5, 16),
       make<GemmKernel::kSums16Medium>("sums16medium", 5, 16),
+      make<GemmKernel::kSums16Narrow>("sums16narrow", 5, 16),
       make<GemmKernel::kSums32>("sums32", 17, 32),
       make<GemmKernel::kSums32Medium>("sums32medium", 17, 32),
       make<GemmKernel::kSums32Narrow>("sums32narrow", 17, 32),
@@ -82,10 +83,18 @@ int main(int argc, char** argv) {
       make<GemmKernel::kSums48Narrow>("sums48narrow", 33, 48),
       make<GemmKernel::kSums64>("sums64", 33, 64),
       make<GemmKernel::kSums64Narrow>("sums64narrow", 33, 64),
+      make<GemmKernel::kWeights80>("weights80", 65, 16384),
+      make<GemmKernel::kWeights80Narrow>("weights80narrow", 65, 16384),
       make<GemmKernel::kWeights96>("weights96", 65, 16384),
       make<GemmKernel::kWeights96Narrow>("weights96narrow", 65, 16384),
+      make<GemmKernel::kWeights112>("weights112", 65, 16384),
+      make<GemmKernel::kWeights112Narrow>("weights112narrow", 65, 16384),
       make<GemmKernel::kWeights128>("weights128", 65, 16384),
       make<GemmKernel::kWeights128Narrow>("weights128narrow", 65, 16384),
+      make<GemmKernel::kWeights144>("weights144", 65, 16384),
+      make<GemmKernel::kWeights144Narrow>("weights144narrow", 65, 16384),
+      make<GemmKernel::kWeights160Narrow>("weights160narrow", 65, 16384),
+      make<GemmKernel::kWeights176Narrow>("weights176narrow", 65, 16384),
 #endif
   };
   for (auto& v : variants) {
@@ -122,11 +131,11 @@ int main(int argc, char** argv) {
   };
   const int most = *std::max_element(tokens.begin(), tokens.end());
   Rotation weights = {};
-  const size_t pool_bytes = (size_t)4 << 30;
+  const size_t pool_bytes = Rotation::kBytes + ((size_t)1 << 30);
   CHECK(cudaMalloc(&weights.pool, pool_bytes));
   fill_random<<<1024, 256>>>((uint32_t*)weights.pool, pool_bytes / 4, 1);
   char* dense;  // for cuBLAS: finite values, about normal
-  const size_t dense_bytes = (size_t)2 << 30;
+  const size_t dense_bytes = Rotation::kBytes + ((size_t)2 << 30);
   CHECK(cudaMalloc(&dense, dense_bytes));
   fill_normal<<<1024, 256>>>((__half*)dense, dense_bytes / 2, 3, 0.02f);
   __half *x, *scales, *y;

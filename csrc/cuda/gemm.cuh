@@ -25,12 +25,13 @@
 //
 // With 16, 32 and 64 tokens a unit takes 430, 520 and 820 clocks where the arithmetic alone takes 345, 413 and 577. It is
 // the instructions (242 to 294 of a warp, and dispatch waits while wgmma reads its registers), not the memory: nothing
-// copied gains 3 to 5 %, no barriers 2 %. Tried there: scales on the weights (5 to 30 % slower), scales read before the
+// copied gains 3 to 5 %, no barriers 2 %. Tried there: scales on the weights (0 to 30 % slower), with tiles of 384
+// features, too (up to 20 % slower with 64 to 96 tokens, 3 % faster with 80 in two layers), scales read before the
 // words and converted late (1 %, 4 % in narrow tiles; spills with zeros), a tile always in flight, over the loop's end
 // (ptxas then serialises wgmma).
 //
 // Scales: either multiplied onto the weights (kGroupSize 0: scales of x's type, where a scale times -1, 0, 1 or
-// 2 is exact), or onto the sums of each group, in float32. The first leaves room for 128 tokens of
+// 2 is exact), or onto the sums of each group, in float32. The first leaves room for 144 or 176 tokens of
 // accumulators, the second is exact for every type of scale and every zero.
 //
 // Work: tiles in whole rounds of the grid first; the tiles of the last, incomplete round are cut along K
@@ -156,6 +157,11 @@ struct RingPosition {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
+
+constexpr int largest_divisor(int n, int most) {
+  while (n % most != 0) --most;
+  return most;
+}
 
 // Registers of a thread: the kernel starts with the same number for all, then the producers leave what
 // the consumers take.
@@ -580,8 +586,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       if (kSends || ranks == 1) return;
       cluster_arrive();
       cluster_wait();
-      constexpr int kAtOnce = Tile::kRows % 8 == 0 ? 8 : Tile::kRows % 6 == 0 ? 6 : 4;  // rows on their way
-      static_assert(Tile::kRows % kAtOnce == 0);
+      constexpr int kAtOnce = largest_divisor(Tile::kRows, 8);  // rows on their way
 #pragma unroll
       for (int first = 0; first < Tile::kRows; first += kAtOnce) {
         if (first >= end || first + kAtOnce <= begin) continue;

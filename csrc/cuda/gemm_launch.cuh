@@ -4,7 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include <iterator>
 #include <string>
+#include <utility>
 
 #include "decode_launch.h"
 #include "gemm.cuh"
@@ -157,45 +159,34 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   return error == cudaSuccess ? "" : describe("launching add_gemm_parts", error);
 }
 
-template <GemmKernel kernel, typename T, bool kHasZeros = false>
-std::string launch_gemm_for_groups(const MatmulArgs& args, const GemmPlan& plan, cudaStream_t stream) {
-  switch (gemm_group_size(args.problem)) {
-    case 32: return launch_gemm_instance<kernel, T, 32, kHasZeros>(args, plan, stream);
-    case 64: return launch_gemm_instance<kernel, T, 64, kHasZeros>(args, plan, stream);
-    default: return launch_gemm_instance<kernel, T, 128, kHasZeros>(args, plan, stream);
+template <GemmKernel kernel, typename T>
+std::string launch_gemm_kernel(const MatmulArgs& args, const GemmPlan& plan, cudaStream_t stream) {
+  constexpr bool kHasZeros = kernel == GemmKernel::kZeros48;
+  if constexpr (shape_of(kernel).on_weights) {
+    return launch_gemm_instance<kernel, T, 0, false>(args, plan, stream);
+  } else {
+    switch (gemm_group_size(args.problem)) {
+      case 32: return launch_gemm_instance<kernel, T, 32, kHasZeros>(args, plan, stream);
+      case 64: return launch_gemm_instance<kernel, T, 64, kHasZeros>(args, plan, stream);
+      default: return launch_gemm_instance<kernel, T, 128, kHasZeros>(args, plan, stream);
+    }
   }
+}
+
+template <typename T, size_t... kIndices>
+std::string launch_one_of(std::index_sequence<kIndices...>, GemmKernel kernel, const MatmulArgs& args,
+                          const GemmPlan& plan, cudaStream_t stream) {
+  std::string error = "matmul: no such kernel";
+  static_cast<void>(((kernel == kGemmKernels[kIndices] &&
+                      (error = launch_gemm_kernel<kGemmKernels[kIndices], T>(args, plan, stream), true)) ||
+                     ...));
+  return error;
 }
 
 template <typename T>
 std::string launch_gemm_of(const MatmulArgs& args, int sms, cudaStream_t stream) {
   const auto [kernel, plan] = choose_gemm(args.problem, args.all_of_x_type(), args.zeros != nullptr, sms);
-  switch (kernel) {
-    case GemmKernel::kSums16: return launch_gemm_for_groups<GemmKernel::kSums16, T>(args, plan, stream);
-    case GemmKernel::kSums16Medium:
-      return launch_gemm_for_groups<GemmKernel::kSums16Medium, T>(args, plan, stream);
-    case GemmKernel::kSums32: return launch_gemm_for_groups<GemmKernel::kSums32, T>(args, plan, stream);
-    case GemmKernel::kSums32Medium:
-      return launch_gemm_for_groups<GemmKernel::kSums32Medium, T>(args, plan, stream);
-    case GemmKernel::kSums32Narrow:
-      return launch_gemm_for_groups<GemmKernel::kSums32Narrow, T>(args, plan, stream);
-    case GemmKernel::kSums48: return launch_gemm_for_groups<GemmKernel::kSums48, T>(args, plan, stream);
-    case GemmKernel::kSums48Narrow:
-      return launch_gemm_for_groups<GemmKernel::kSums48Narrow, T>(args, plan, stream);
-    case GemmKernel::kSums64: return launch_gemm_for_groups<GemmKernel::kSums64, T>(args, plan, stream);
-    case GemmKernel::kSums64Narrow:
-      return launch_gemm_for_groups<GemmKernel::kSums64Narrow, T>(args, plan, stream);
-    case GemmKernel::kZeros48:
-      return launch_gemm_for_groups<GemmKernel::kZeros48, T, true>(args, plan, stream);
-    case GemmKernel::kWeights96:
-      return launch_gemm_instance<GemmKernel::kWeights96, T, 0, false>(args, plan, stream);
-    case GemmKernel::kWeights96Narrow:
-      return launch_gemm_instance<GemmKernel::kWeights96Narrow, T, 0, false>(args, plan, stream);
-    case GemmKernel::kWeights128:
-      return launch_gemm_instance<GemmKernel::kWeights128, T, 0, false>(args, plan, stream);
-    case GemmKernel::kWeights128Narrow:
-      return launch_gemm_instance<GemmKernel::kWeights128Narrow, T, 0, false>(args, plan, stream);
-  }
-  return "matmul: no such kernel";
+  return launch_one_of<T>(std::make_index_sequence<std::size(kGemmKernels)>{}, kernel, args, plan, stream);
 }
 
 }  // namespace jax_trirun::cuda

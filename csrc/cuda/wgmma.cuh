@@ -37,70 +37,67 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
 template <typename T, int kColumns>
 struct Wgmma;
 
-#define JAX_TRIRUN_WGMMA(T, TYPE, COLUMNS, OPERANDS, A, B, ACCUMULATE, ...)                     \
-  template <>                                                                                   \
-  struct Wgmma<T, COLUMNS> {                                                                    \
-    static __device__ __forceinline__ void mma(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], \
-                                               uint64_t b, bool accumulate) {                   \
-      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE             \
-                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE  \
-                   "{" OPERANDS "}, {" A "}, " B ", accumulate, 1, 1, 0;\n}\n"                  \
-                   : __VA_ARGS__                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                        \
-                     "r"(static_cast<int>(accumulate)));                                        \
-    }                                                                                           \
+// The registers of d as operands of the instruction, and as constraints: those of 16 columns less, and eight more.
+#define JAX_TRIRUN_D8(i)                                                                      \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+// clang-format off
+#define JAX_TRIRUN_OPERANDS_8 "%0, %1, %2, %3"
+#define JAX_TRIRUN_OPERANDS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define JAX_TRIRUN_OPERANDS_32 JAX_TRIRUN_OPERANDS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define JAX_TRIRUN_OPERANDS_48 JAX_TRIRUN_OPERANDS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define JAX_TRIRUN_OPERANDS_64 JAX_TRIRUN_OPERANDS_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define JAX_TRIRUN_OPERANDS_80 JAX_TRIRUN_OPERANDS_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define JAX_TRIRUN_OPERANDS_96 JAX_TRIRUN_OPERANDS_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define JAX_TRIRUN_OPERANDS_112 JAX_TRIRUN_OPERANDS_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define JAX_TRIRUN_OPERANDS_128 JAX_TRIRUN_OPERANDS_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAX_TRIRUN_OPERANDS_144 JAX_TRIRUN_OPERANDS_128 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define JAX_TRIRUN_OPERANDS_160 JAX_TRIRUN_OPERANDS_144 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define JAX_TRIRUN_OPERANDS_176 JAX_TRIRUN_OPERANDS_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define JAX_TRIRUN_SUMS_8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define JAX_TRIRUN_SUMS_16 JAX_TRIRUN_D8(0)
+#define JAX_TRIRUN_SUMS_32 JAX_TRIRUN_SUMS_16, JAX_TRIRUN_D8(8)
+#define JAX_TRIRUN_SUMS_48 JAX_TRIRUN_SUMS_32, JAX_TRIRUN_D8(16)
+#define JAX_TRIRUN_SUMS_64 JAX_TRIRUN_SUMS_48, JAX_TRIRUN_D8(24)
+#define JAX_TRIRUN_SUMS_80 JAX_TRIRUN_SUMS_64, JAX_TRIRUN_D8(32)
+#define JAX_TRIRUN_SUMS_96 JAX_TRIRUN_SUMS_80, JAX_TRIRUN_D8(40)
+#define JAX_TRIRUN_SUMS_112 JAX_TRIRUN_SUMS_96, JAX_TRIRUN_D8(48)
+#define JAX_TRIRUN_SUMS_128 JAX_TRIRUN_SUMS_112, JAX_TRIRUN_D8(56)
+#define JAX_TRIRUN_SUMS_144 JAX_TRIRUN_SUMS_128, JAX_TRIRUN_D8(64)
+#define JAX_TRIRUN_SUMS_160 JAX_TRIRUN_SUMS_144, JAX_TRIRUN_D8(72)
+#define JAX_TRIRUN_SUMS_176 JAX_TRIRUN_SUMS_160, JAX_TRIRUN_D8(80)
+// clang-format on
+
+#define JAX_TRIRUN_WGMMA(T, TYPE, COLUMNS, A, B, ACCUMULATE)                                        \
+  template <>                                                                                       \
+  struct Wgmma<T, COLUMNS> {                                                                        \
+    static __device__ __forceinline__ void mma(float (&d)[COLUMNS / 2], const uint32_t (&a)[4],     \
+                                               uint64_t b, bool accumulate) {                       \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE                 \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE      \
+                   "{" JAX_TRIRUN_OPERANDS_##COLUMNS "}, {" A "}, " B ", accumulate, 1, 1, 0;\n}\n" \
+                   : JAX_TRIRUN_SUMS_##COLUMNS                                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                            \
+                     "r"(static_cast<int>(accumulate)));                                            \
+    }                                                                                               \
   };
 #define JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(...)    \
   JAX_TRIRUN_WGMMA(__half, "f16", __VA_ARGS__) \
   JAX_TRIRUN_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__)
 
-// Sixteen of the registers of d, or eight, from the i-th on.
-#define JAX_TRIRUN_D8(i)                                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
-#define JAX_TRIRUN_D16(i) JAX_TRIRUN_D8(i), JAX_TRIRUN_D8(i + 8)
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(8, "%4, %5, %6, %7", "%8", "%9")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(16, "%8, %9, %10, %11", "%12", "%13")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(32, "%16, %17, %18, %19", "%20", "%21")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(48, "%24, %25, %26, %27", "%28", "%29")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(64, "%32, %33, %34, %35", "%36", "%37")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(80, "%40, %41, %42, %43", "%44", "%45")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(96, "%48, %49, %50, %51", "%52", "%53")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(112, "%56, %57, %58, %59", "%60", "%61")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(128, "%64, %65, %66, %67", "%68", "%69")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(144, "%72, %73, %74, %75", "%76", "%77")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(160, "%80, %81, %82, %83", "%84", "%85")
+JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(176, "%88, %89, %90, %91", "%92", "%93")
 
-// clang-format off
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(8,
-  "%0, %1, %2, %3",
-  "%4, %5, %6, %7", "%8", "%9",
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(16,
-  "%0, %1, %2, %3, %4, %5, %6, %7",
-  "%8, %9, %10, %11", "%12", "%13",
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-  "+f"(d[7]))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(32,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
-  "%16, %17, %18, %19", "%20", "%21",
-  JAX_TRIRUN_D16(0))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(48,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-  "%20, %21, %22, %23",
-  "%24, %25, %26, %27", "%28", "%29",
-  JAX_TRIRUN_D16(0), JAX_TRIRUN_D8(16))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(64,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
-  "%32, %33, %34, %35", "%36", "%37",
-  JAX_TRIRUN_D16(0), JAX_TRIRUN_D16(16))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(96,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
-  "%48, %49, %50, %51", "%52", "%53",
-  JAX_TRIRUN_D16(0), JAX_TRIRUN_D16(16), JAX_TRIRUN_D16(32))
-JAX_TRIRUN_WGMMA_OF_BOTH_TYPES(128,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-  "%56, %57, %58, %59, %60, %61, %62, %63",
-  "%64, %65, %66, %67", "%68", "%69",
-  JAX_TRIRUN_D16(0), JAX_TRIRUN_D16(16), JAX_TRIRUN_D16(32), JAX_TRIRUN_D16(48))
-// clang-format on
-
-#undef JAX_TRIRUN_D16
-#undef JAX_TRIRUN_D8
 #undef JAX_TRIRUN_WGMMA_OF_BOTH_TYPES
 #undef JAX_TRIRUN_WGMMA
 
