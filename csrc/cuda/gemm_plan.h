@@ -231,8 +231,8 @@ int64_t cheapest_first_rows(int64_t m, int64_t in_one, int64_t launch, const Clo
   return best;
 }
 
-// Rows of x in the first of two launches, or all of them: rows that fill no tile may cost less by themselves. 129 rows
-// of 8192 x 57344 take 312 us as two tiles of 128; 128 rows take 180, and one takes 35.
+// Rows of x in the first of two launches, or all of them: rows that fill no tile may cost less by themselves. 257 rows
+// of 8192 x 57344 take 382 us as two tiles of 144; 256 rows take 335, and one takes 32.
 inline int64_t first_rows(const Problem& problem, bool all_of_x_type, bool zeros, int sms) {
   if (zeros || problem.m <= 64) return problem.m;
   const auto clocks = [&](int64_t rows) {
