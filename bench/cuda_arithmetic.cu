@@ -126,25 +126,18 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1)
 template <int kColumns>
 struct Int8Wgmma;
 
-#define INT8_WGMMA(COLUMNS, OPERANDS, A, B, ACCUMULATE, ...)                                              \
+#define INT8_WGMMA(COLUMNS, ...)                                                                          \
   template <>                                                                                             \
   struct Int8Wgmma<COLUMNS> {                                                                             \
     static __device__ __forceinline__ void mma(int (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, \
                                                bool accumulate) {                                         \
-      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE                       \
-                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.u8.s8 {" OPERANDS "}, {" A \
-                   "}, " B ", accumulate;\n}\n"                                                           \
-                   : __VA_ARGS__                                                                          \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                                  \
-                     "r"(static_cast<int>(accumulate)));                                                  \
+      JAX_TRIRUN_WGMMA(COLUMNS, "k32.s32.u8.s8", JAX_TRIRUN_INTS, "", __VA_ARGS__);                       \
     }                                                                                                     \
   };
-// clang-format off
-INT8_WGMMA(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12", "%13", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]))
-INT8_WGMMA(32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16, %17, %18, %19", "%20", "%21", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]))
-INT8_WGMMA(48, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23", "%24, %25, %26, %27", "%28", "%29", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]))
-INT8_WGMMA(64, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31", "%32, %33, %34, %35", "%36", "%37", "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]))
-// clang-format on
+INT8_WGMMA(16, "%8, %9, %10, %11", "%12", "%13")
+INT8_WGMMA(32, "%16, %17, %18, %19", "%20", "%21")
+INT8_WGMMA(48, "%24, %25, %26, %27", "%28", "%29")
+INT8_WGMMA(64, "%32, %33, %34, %35", "%36", "%37")
 #undef INT8_WGMMA
 
 template <int kSize>

@@ -73,7 +73,7 @@ int main(int argc, char** argv) {
       {8192, 28672}, {8192, 57344}, {14336, 4096}, {14336, 8192}, {28672, 2048}, {28672, 8192}};
   const int group = 128;
   Rotation weights = {};
-  const size_t pool_bytes = Rotation::kBytes + ((size_t)1 << 30);
+  const size_t pool_bytes = Rotation::pool_bytes((size_t)1 << 29);
   CHECK(cudaMalloc(&weights.pool, pool_bytes));
   fill_random<<<1024, 256>>>((uint32_t*)weights.pool, pool_bytes / 4, 1);
   __half *x, *scales, *y;

@@ -338,16 +338,16 @@ int main(int argc, char** argv) {
   const std::time_t now = std::time(nullptr);
   std::strftime(date, sizeof date, "%Y-%m-%d", std::localtime(&now));
   std::printf(
-      "# %s, %d SMs, CUDA driver %d.%d, %s; captured graphs over rotating weights of more than 2 GB, "
+      "# %s, %d SMs, CUDA driver %d.%d, %s; captured graphs over rotating weights of more than %zu GB, "
       "medians of 7\n",
-      properties.name, properties.multiProcessorCount, driver / 1000, driver % 1000 / 10, date);
+      properties.name, properties.multiProcessorCount, driver / 1000, driver % 1000 / 10, date,
+      Rotation::kBytes >> 30);
   std::printf("# bench/cuda_matmul.cu");
   for (int i = 1; i < argc; ++i) std::printf(" %s", argv[i]);
   std::printf("\n");
 
   Rotation weights = {};
-  // A weight with scales for groups of 32, and as many copies as a quarter of a byte each asks for.
-  const size_t pool_bytes = Rotation::kBytes + 2 * (most_weights / 4 + most_weights / 16);
+  const size_t pool_bytes = Rotation::pool_bytes(most_weights / 4 + most_weights / 16);  // scales for groups of 32
   CHECK(cudaMalloc(&weights.pool, pool_bytes));
   fill_random<<<1024, 256>>>((uint32_t*)weights.pool, pool_bytes / 4, 1);
   const Cublas cublas;

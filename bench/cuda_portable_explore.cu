@@ -120,10 +120,10 @@ int main(int argc, char** argv) {
   };
   const size_t most = *std::max_element(tokens.begin(), tokens.end());
   char *pool, *dense;
-  const size_t pool_bytes = Rotation::kBytes + ((size_t)1 << 30);
+  const size_t pool_bytes = Rotation::pool_bytes((size_t)1 << 29);
   CHECK(cudaMalloc(&pool, pool_bytes));
   fill_random<<<1024, 256>>>((uint32_t*)pool, pool_bytes / 4, 1);
-  const size_t dense_bytes = Rotation::kBytes + ((size_t)2 << 30);
+  const size_t dense_bytes = Rotation::pool_bytes((size_t)1 << 30);
   CHECK(cudaMalloc(&dense, dense_bytes));
   fill_normal<<<1024, 256>>>((__half*)dense, dense_bytes / 2, 3, 0.02f);
   __half *x, *scales, *y;

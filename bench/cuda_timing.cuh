@@ -76,6 +76,8 @@ struct Rotation {
   size_t word_bytes, scale_bytes;
 
   static constexpr size_t kBytes = (size_t)2 << 30;
+  // Enough for the copies of any weight of up to `most` bytes.
+  static constexpr size_t pool_bytes(size_t most) { return kBytes + 2 * most; }
   static int copies_of(size_t bytes) { return std::max<int>(2, kBytes / bytes + 1); }
   // A multiple of the copies, so that a graph that is launched again begins with the copy that was read longest ago.
   static int launches_of(int copies, int least = 12) { return (least + copies - 1) / copies * copies; }

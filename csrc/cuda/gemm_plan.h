@@ -125,7 +125,7 @@ struct GemmPlan {
 // Every thread block makes whole tiles, round by round. Those of the last, incomplete round are cut if that
 // gains more than writing and adding up the parts costs. Or each tile has a cluster.
 inline GemmPlan plan_gemm(const Problem& problem, const GemmShape& shape, int sms) {
-  // Clocks, fitted to what bench/cuda_gemm_explore.cu measures on an H200 (all kernels, seven shapes of layers, 9 to 4096
+  // Clocks, fitted to what bench/cuda_gemm_explore.cu measures on an H200 (all kernels, ten shapes of layers, 9 to 4096
   // tokens: the kernel that is chosen takes 0.6 % longer than the best on average): to begin and end, beside the first
   // and the last unit; to add up the parts in a second kernel (through the L2 cache, at some 1,800 bytes a clock), or in
   // a cluster (a thread block at some 10 bytes a clock).

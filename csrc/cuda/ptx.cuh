@@ -171,5 +171,4 @@ __device__ __forceinline__ void allow_dependents() {
 __device__ __forceinline__ void wait_for_prerequisites() {
   JAX_TRIRUN_FROM_SM_90(asm volatile("griddepcontrol.wait;\n" :: : "memory"));
 }
-
 }  // namespace jax_trirun::cuda
