@@ -276,8 +276,10 @@ def main() -> None:
     parser.add_argument(
         "--devices", type=integers, help="how many, as 1,2,4; default: all powers of two there are"
     )
-    parser.add_argument("--layers", type=int, default=48, help="blocks with weights of their own")
-    parser.add_argument("--steps", type=int, default=16, help="times that a program goes through its blocks")
+    parser.add_argument(
+        "--layers", type=int, default=80, help="blocks with own weights; 80 as a model of 70B"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="times that a program goes through its blocks")
     parser.add_argument("--calls", type=int, default=3, help="of a program in a row")
     parser.add_argument("--all-reduces-in-graphs", action="store_true", help="capture them in CUDA graphs")
     parser.add_argument("--output", type=Path, default=Path("multi_gpu.csv"), help="CSV; %(default)s")
