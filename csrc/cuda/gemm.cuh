@@ -23,12 +23,18 @@
 // faster). What the arithmetic takes by itself is in bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the
 // registers that wgmma reads are the limit, whatever the order.
 //
-// With 16, 32 and 64 tokens a unit takes 430, 520 and 820 clocks where the arithmetic alone takes 345, 413 and 577. It is
-// the instructions (242 to 294 of a warp, and dispatch waits while wgmma reads its registers), not the memory: nothing
-// copied gains 3 to 5 %, no barriers 2 %. Tried there: scales on the weights (0 to 30 % slower), with tiles of 384
-// features, too (up to 20 % slower with 64 to 96 tokens, 3 % faster with 80 in two layers), scales read before the
-// words and converted late (1 %, 4 % in narrow tiles; spills with zeros), a tile always in flight, over the loop's end
-// (ptxas then serialises wgmma).
+// With 16, 32 and 64 tokens a unit takes 390, 480 and 745 clocks where the arithmetic alone takes 345, 413 and 577. It is
+// the instructions (228 and more of a warp, and dispatch waits while wgmma reads its registers), not the memory: nothing
+// copied gains 3 to 5 %, no barriers 2 %, and 16 instructions less were worth up to 7 %. Tried there: scales on the weights
+// (0 to 30 % slower), with tiles of 384 features, too (up to 20 % slower with 64 to 96 tokens, 3 % faster with 80 in two
+// layers), a tile always in flight, over the loop's end (ptxas then serialises wgmma), branches that keep ptxas from moving
+// the second tile's conversions before the first tile's wgmma (within 2 % on average), two or three producer warps, for
+// words, x and scales (2 to 5 % slower), warpgroups that take units of K by turns, with tiles of 128 features (as fast as
+// narrow tiles: x is fetched as often).
+//
+// For up to eight tokens, cut into int8 digits by a kernel before this one: 8192 x 57344 takes 41.5 us where decode.cuh
+// takes 46.7, 28672 x 8192 24.3 instead of 28.8, but layers below 100 million weights as long or longer: 2 us of it are
+// the cutting, another 2 add_gemm_parts, neither of which starts sooner where registers are left for it.
 //
 // Scales: either multiplied onto the weights (kGroupSize 0: scales of x's type, where a scale times -1, 0, 1 or
 // 2 is exact), or onto the sums of each group, in float32. The first leaves room for 144 or 176 tokens of
@@ -148,6 +154,69 @@ struct GemmSmem {
   static_assert(L::kBlockK * 2 == 128, "a token's k of a block are one row of the 128-byte swizzle");
 };
 
+// The scales of a lane's two features in each of its 16-row tiles, as they are in shared memory: float32 or T, whichever
+// they are. A branch (kBranches) would go before the first wgmma, together with the conversions, which wait for what is
+// loaded; only the smallest tile is 3 % faster with one, and with zeros there are no registers for both types.
+template <typename T, int kWarpTiles, bool kBranches>
+struct RawScales {
+  static_assert(kWarpTiles == 1 || kWarpTiles == 2);
+  float f32[2 * kWarpTiles];
+  uint32_t t[kWarpTiles];
+
+  // From a row of scales, in which the lane's are at of_lane(bytes of a scale).
+  template <typename OfLane>
+  __device__ __forceinline__ void load(uint32_t row, const OfLane& of_lane, bool are_f32) {
+    if constexpr (kBranches) {
+      if (are_f32) {
+        load_scales<float>(f32, row + of_lane(4));
+      } else {
+        load_scales<T>(f32, row + of_lane(2));
+      }
+      return;
+    }
+    const uint32_t address = row + of_lane(are_f32 ? 4 : 2);
+    if constexpr (kWarpTiles == 2) {
+      asm volatile(
+          "{\n.reg .pred f32;\nsetp.ne.b32 f32, %7, 0;\n"
+          "@f32 ld.shared.v4.f32 {%0, %1, %2, %3}, [%6];\n"
+          "@!f32 ld.shared.v2.u32 {%4, %5}, [%6];\n}\n"
+          : "=f"(f32[0]), "=f"(f32[1]), "=f"(f32[2]), "=f"(f32[3]), "=r"(t[0]), "=r"(t[1])
+          : "r"(address), "r"(static_cast<int>(are_f32))
+          : "memory");
+    } else {
+      asm volatile(
+          "{\n.reg .pred f32;\nsetp.ne.b32 f32, %4, 0;\n"
+          "@f32 ld.shared.v2.f32 {%0, %1}, [%3];\n"
+          "@!f32 ld.shared.u32 %2, [%3];\n}\n"
+          : "=f"(f32[0]), "=f"(f32[1]), "=r"(t[0])
+          : "r"(address), "r"(static_cast<int>(are_f32))
+          : "memory");
+    }
+  }
+  __device__ __forceinline__ void set_to_zero() {
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) f32[2 * i] = f32[2 * i + 1] = 0.f, t[i] = 0;
+  }
+  // Of the i-th tile, as floats.
+  __device__ __forceinline__ float2 of_tile(int i, bool are_f32) const {
+    float2 scales = {f32[2 * i], f32[2 * i + 1]};
+    if constexpr (kBranches) {
+      return scales;
+    } else if constexpr (__is_same(T, __half)) {
+      asm("{\n.reg .pred t;\n.reg .b16 low, high;\nsetp.eq.b32 t, %3, 0;\nmov.b32 {low, high}, %2;\n"
+          "@t cvt.f32.f16 %0, low;\n@t cvt.f32.f16 %1, high;\n}\n"
+          : "+f"(scales.x), "+f"(scales.y)
+          : "r"(t[i]), "r"(static_cast<int>(are_f32)));
+    } else {
+      asm("{\n.reg .pred t;\nsetp.eq.b32 t, %3, 0;\n"
+          "@t shl.b32 %0, %2, 16;\n@t and.b32 %1, %2, 0xffff0000;\n}\n"
+          : "+f"(scales.x), "+f"(scales.y)
+          : "r"(t[i]), "r"(static_cast<int>(are_f32)));
+    }
+    return scales;
+  }
+};
+
 // A ring's position: which stage, and the parity of the phase its barriers are in.
 template <int kStages>
 struct RingPosition {
@@ -221,8 +290,11 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   constexpr int kHalfK = L::kBlockK / L::kHalves;
 
   extern __shared__ char raw_shared[];
-  const uint32_t shared =
+  uint32_t shared =
       (shared_address(raw_shared) + Smem::kAlignment - 1) / Smem::kAlignment * Smem::kAlignment;
+  // Uniform, and not worked out again for every unit: that took 16 of 252 instructions, and up to 7 % of the time. With
+  // zeros there are no registers to keep it in.
+  if constexpr (!kHasZeros) shared = __shfl_sync(0xffffffffu, shared, 0);
   const auto stage_at = [&](int stage) { return shared + stage * Smem::kStageBytes; };
   const auto full = [&](int stage) { return shared + Smem::kBarriers + stage * 8; };
   const auto empty = [&](int stage) { return shared + Smem::kBarriers + (kStages + stage) * 8; };
@@ -348,7 +420,14 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         Wgmma<T, kTokens>::mma(d, fragments[q], x_block + (half * kHalfK + q * 16) * 2 / 16,
                                accumulate || q > 0);
     };
+    const uint64_t first_x = swizzled_descriptor(shared);
     const auto x_of = [&](int stage, int block) {
+      if constexpr (kScaledSums && kWarpTiles == 2 && !kHasZeros) {
+        // The same in seven instructions less: a descriptor's address is counted in 16 bytes, and does not carry. The
+        // other kernels are 1 to 2 % slower this way.
+        const uint32_t low = static_cast<uint32_t>(first_x) + stage * (Smem::kStageBytes / 16);
+        return (first_x >> 32 << 32 | low) + block * (Smem::kXBlockBytes / 16);
+      }
       return swizzled_descriptor(stage_at(stage) + block * Smem::kXBlockBytes);
     };
 
@@ -415,26 +494,24 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       }
       uint32_t a[kWarpTiles][kWords][L::kStepsPerWord][4];
       constexpr int kLaneFeatures = 2 * kWarpTiles;
-      float scales[kLaneFeatures];
+      using Scales = RawScales<T, kWarpTiles, kHasZeros || (kWarpTiles == 1 && kTokens == 16)>;
+      Scales scales;
       float rest[kLaneFeatures] = {};  // of the zero points, see split_zero
       uint32_t shift[kLaneFeatures] = {};
       [[maybe_unused]] int x_sums[kWarpTiles] = {};  // where the tile's are, for this thread's first token
-      const auto load_row = [&](float (&to)[kLaneFeatures], uint32_t row) {
-        if (args.scales_are_f32) {
-          load_scales<float>(to, row + lane_scales(4));
-        } else {
-          load_scales<T>(to, row + lane_scales(2));
-        }
-      };
       const auto load_scales_of = [&](int stage, int block, int group) {
         const uint32_t row = stage_at(stage) + Smem::kScales + group * Smem::kScaleRowBytes;
         const int k = block * L::kBlockK + group * kGroupSize;
-        load_row(scales, row);
-        if (kGroups > 1 && k >> args.group_shift >= args.groups) {  // past K
-          for (float& scale : scales) scale = 0.f;
-        }
+        scales.load(row, lane_scales, args.scales_are_f32);
+        if (kGroups > 1 && k >> args.group_shift >= args.groups) scales.set_to_zero();  // past K
         if constexpr (kHasZeros) {
-          load_row(rest, row + Smem::kRows * Smem::kScaleRowBytes);
+          Scales zeros;
+          zeros.load(row + Smem::kRows * Smem::kScaleRowBytes, lane_scales, args.scales_are_f32);
+#pragma unroll
+          for (int i = 0; i < kWarpTiles; ++i) {
+            const float2 of_tile = zeros.of_tile(i, args.scales_are_f32);
+            rest[2 * i] = of_tile.x, rest[2 * i + 1] = of_tile.y;
+          }
 #pragma unroll
           for (int i = 0; i < kLaneFeatures; ++i) {
             split_zero<T>(rest[i], shift[i], L::kZeroPoint);
@@ -448,8 +525,10 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         return min(row, args.x_groups - 1) * args.x_sums_stride + segment.m_tile * kTokens + lane % 4 * 2;
       };
       // Of a group's scales and zeros, which are the tile's own: the next group's may have been loaded by now.
-      const auto add_tile = [&](auto tile_, const float (&scale)[2], const float (&more)[2]) {
+      const auto add_tile = [&](auto tile_, const Scales& scales, const float (&more)[2]) {
         constexpr int i = decltype(tile_)::value;
+        const float2 of_tile = scales.of_tile(i, args.scales_are_f32);
+        const float scale[2] = {of_tile.x, of_tile.y};
         pin(sums[i]);
 #pragma unroll
         for (int r = 0; r < kSums; ++r) {
@@ -474,11 +553,12 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         }
         RingPosition<kStages> next = ring;
         next.advance();
-        float scale[kWarpTiles][2], more[kWarpTiles][2];  // of the group that a tile's sums are of
+        Scales scale[kWarpTiles];  // of the group that a tile's sums are of
+        float more[kWarpTiles][2];
         unrolled<kGroups * kWarpTiles>([&](auto step_) {
           constexpr int step = decltype(step_)::value, i = step % kWarpTiles, group = step / kWarpTiles;
           if constexpr (i == 0) load_scales_of(ring.stage, block, group);
-          scale[i][0] = scales[2 * i], scale[i][1] = scales[2 * i + 1];
+          scale[i] = scales;
           more[i][0] = rest[2 * i], more[i][1] = rest[2 * i + 1];
           if constexpr (kHasZeros) x_sums[i] = x_sums_of(block, group);
           unrolled<kWords>([&](auto word_) {
