@@ -91,7 +91,7 @@ SHARES = [
     (20, 2048, 25000, "", False, "32 tokens x 384 features, a cluster of 2"),
     (20, 512, 51408, "", False, "32 tokens x 256 features, 0 of them cut"),
     (20, 2048, 36936, "", False, "32 tokens x 256 features, 13 of them cut"),
-    (20, 4096, 12296, "", False, "32 tokens x 256 features, 49 of them cut"),
+    (20, 4096, 11528, "", False, "32 tokens x 256 features, 46 of them cut"),
     (20, 3072, 8776, "", False, "32 tokens x 256 features, a cluster of 3"),
     (20, 256, 72, "", False, "32 tokens x 128 features, 0 of them cut"),
     (20, 2048, 18504, "", False, "32 tokens x 128 features, 13 of them cut"),

@@ -23,7 +23,11 @@
 // side. By itself that arithmetic takes a quarter less (bench/results/cuda_arithmetic_*.csv); but 8192 x 57344 took 38.4
 // us instead of 39.7 at four tokens, smaller layers longer, and eight tokens longer everywhere: their digits leave
 // shared memory for half as many words on their way, and a block of 128 features is a coarse share. With x cut by a
-// kernel of its own before it, eight tokens take 45.1 us instead of 46.7, and 4 us longer in small layers. And x asked for
+// kernel of its own before it, eight tokens take 45.1 us instead of 46.7, and 4 us longer in small layers. With words by
+// the copy engine, a ring for each of four warpgroups, and digits cut in the kernel, three and four tokens of 8192 x 8192
+// take 8 % less and of 8192 x 57344 and 4096 x 28672 3 to 5 %, but of 28672 x 8192 and 14336 x 4096 10 and 40 % more (tiles of
+// 128 features leave blocks idle), and eight tokens as long or 20 % longer: 16 values a lane are cut in 1,250 clocks a round
+// of all warps, 1,300 go by at the cluster's barrier and 2,200 with adding up through L2. And x asked for
 // by several warps, before a barrier or after the first words: within 1 %, as all blocks want it from L2 at once. The
 // conversions' constants in registers instead of instructions: 2 % slower. And, without having been built, the codes as
 // the positions of a sparse mma's values, each of which picks -x, 0, x or 2x, with no conversion at all: 32 mma.sp for
@@ -36,7 +40,8 @@
 // however early they are asked for: a piece of four units is too short for what begins and ends it.
 //
 // Digits: the values of one unit for a warp instead of four (10 to 20 % slower: the steps that a warp takes together
-// weigh more), x by the copy engine (it arrives 2,000 clocks after the words that were asked for at the same time), x by
+// weigh more), the loop over a warp's values unrolled (1 to 4 % slower, though a fifth fewer instructions: they have to be
+// read), x by the copy engine (it arrives 2,000 clocks after the words that were asked for at the same time), x by
 // asynchronous copies to shared memory, from where it is cut (1 % faster with one token, 3 % slower with four).
 //
 // The first words asked for before x: large layers 1 % faster or slower, small ones 12 % slower, as x then waits behind
@@ -231,9 +236,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   // The producer's place: what this warp will ask for next. Pointers move by constants within an n-block.
   // What lies outside the matrix is not copied, and the ring keeps whatever was there: words past K meet zeros
   // of x, features past N are not written.
-  const int64_t word_row = static_cast<int64_t>(args.n_blocks) * Smem::kBlockBytes;
-  const int64_t scale_step =
-      static_cast<int64_t>(args.group_stride) * kGroups * static_cast<int>(sizeof(S));
+  const uint32_t word_row = opaque(args.n_blocks * Smem::kBlockBytes);
+  const uint32_t scale_step = opaque(args.group_stride * kGroups * static_cast<int>(sizeof(S)));
   const uint32_t lane_words = opaque(lane * 16);
   const uint32_t lane_scales =
       opaque(Smem::kWordBytes + t * Smem::kScaleRowBytes + g * 4 * static_cast<int>(sizeof(S)));
@@ -281,11 +285,12 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
       }
     }
   };
+  const int whole_units = opaque(args.k_blocks / Smem::kBlocksPerUnit);
   auto fetch = [&] {
     if (fetch_left > 0) {
 #pragma unroll
       for (int i = 0; i < Smem::kBlocksPerUnit; ++i) {
-        if (i == 0 || fetch_unit * Smem::kBlocksPerUnit + i < args.k_blocks)  // K may end inside a unit
+        if (i == 0 || fetch_unit < whole_units)  // K may end inside a unit
           copy_async<16>(fetch_stage + lane_words + i * Smem::kBlockBytes, fetch_words + i * word_row);
       }
       // Lane t of a g brings the unit's t-th group.

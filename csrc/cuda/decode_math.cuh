@@ -271,8 +271,7 @@ struct FloatMath {
         for (int q = 0; q < L::kStepsPerWord; ++q) {
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
-            constexpr uint32_t kOne = internal::encode_pair<T>(1, 0);
-            a[q][r] = internal::fma2<T>(a[q][r], kOne, shift[2 * i + r % 2]);
+            a[q][r] = internal::add2<T>(a[q][r], shift[2 * i + r % 2]);
           }
         }
       }
@@ -615,13 +614,14 @@ struct SliceMath {
       for (int t = 0; t < 4; ++t)
         sum[d / 2] = __dp4a(static_cast<int>(digit[d][t]), 0x01010101, sum[d / 2]);
     }
+    // Over the lanes of a group: of two neighbours one adds up the lower, one the higher.
     constexpr int kLanesPerGroup = kGroupSize / kValuesPerLane;
+    const bool is_high = lane % 2 != 0;
+    int sum_of_group =
+        (is_high ? sum[1] : sum[0]) + __shfl_xor_sync(0xffffffffu, is_high ? sum[0] : sum[1], 1);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int step = 1; step < kLanesPerGroup; step *= 2)
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
-    }
+    for (int step = 2; step < kLanesPerGroup; step *= 2)
+      sum_of_group += __shfl_xor_sync(0xffffffffu, sum_of_group, step);
     if (task.unit + lane / kLanesPerUnit < slice.units) {
       const int row_bytes = stride(slice.stored_units);
       char* const to =
@@ -630,12 +630,11 @@ struct SliceMath {
       for (int d = 0; d < kDigits; ++d)
         *reinterpret_cast<uint4*>(to + d * row_bytes) =
             make_uint4(digit[d][0], digit[d][1], digit[d][2], digit[d][3]);
-      if (lane % kLanesPerGroup == 0) {
+      if (lane % kLanesPerGroup < 2) {
         int4* const start = reinterpret_cast<int4*>(shared + sums_offset(slice.rows, slice.stored_units)) +
                             (task.unit * kGroups + lane / kLanesPerGroup) * kStartsPerGroup +
                             task.token * kDigits / 2;
-        start[0] = make_int4(-sum[0], 0, -sum[0] * kOddFactor, 0);
-        start[1] = make_int4(-sum[1], 0, -sum[1] * kOddFactor, 0);
+        start[is_high] = make_int4(-sum_of_group, 0, -sum_of_group * kOddFactor, 0);
       }
       if (lane % kLanesPerUnit == 0) {
         *power_of(shared, slice, task.token, task.unit + lane / kLanesPerUnit) = down;

@@ -53,47 +53,97 @@ __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+template <typename T>
+__device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  if constexpr (__is_same(T, __half)) {
+    asm("add.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  } else {
+    asm("add.rn.bf16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  }
+  return d;
+}
+
 }  // namespace internal
+
+// Where the codes of a word lie, and the constants that turn them into floats. An instruction holds one constant; where
+// it needs two, the other is in a register, and ptxas sets that again for every unit of K, with an instruction each.
+template <typename T, int bits>
+struct Conversion {
+  __device__ __forceinline__ explicit Conversion(uint32_t = 0) {}
+
+  using L = Layout<bits>;
+  static constexpr int kMantissa = internal::Float16Format<T>::kMantissa;
+  // Codes that fit under the leading one without a shift of the word.
+  static constexpr int kPerShift = kMantissa / bits;
+  static constexpr int kStride = kPerShift >= L::kCodesPerHalf / 2 ? L::kCodesPerHalf / 2 : kPerShift;
+  static constexpr int kOne = 1 << kMantissa;
+  static constexpr uint32_t kMagic = internal::encode_pair<T>(kOne, 0);
+  static constexpr uint32_t unit_of(int index) { return internal::encode_pair<T>(1, index * bits); }
+
+  static __device__ __forceinline__ uint32_t magic() { return kMagic; }
+  template <int kIndex>
+  static __device__ __forceinline__ uint32_t unit() {
+    return unit_of(kIndex);
+  }
+};
+
+// The same with the constants kept in registers: ptxas does not know what comes out of a shuffle, and nothing of a zero
+// that it cannot know to be one.
+template <typename T, int bits>
+struct KeptConversion : Conversion<T, bits> {
+  using Base = Conversion<T, bits>;
+  uint32_t kept_magic, kept_unit[Base::kStride];
+
+  __device__ __forceinline__ explicit KeptConversion(uint32_t zero) {
+    kept_magic = __shfl_sync(0xffffffffu, Base::kMagic | zero, 0);
+#pragma unroll
+    for (int i = 1; i < Base::kStride; ++i)
+      kept_unit[i] = __shfl_sync(0xffffffffu, Base::unit_of(i) | zero, 0);
+  }
+  __device__ __forceinline__ uint32_t magic() const { return kept_magic; }
+  template <int kIndex>
+  __device__ __forceinline__ uint32_t unit() const {
+    return kept_unit[kIndex];
+  }
+};
 
 // The pair of codes (k, k + 1) whose lower one is the `kIndex`-th of the half word: a register of
 // {c - zero point, c' - zero point}.
-template <typename T, int bits, int kIndex>
-__device__ __forceinline__ uint32_t dequantize_pair(const uint32_t (&shifted)[4]) {
+template <typename T, int bits, int kIndex, typename Constants>
+__device__ __forceinline__ uint32_t dequantize_pair(const uint32_t (&shifted)[4],
+                                                    const Constants& constants) {
   using L = Layout<bits>;
-  // Codes that fit under the leading one without a shift of the word.
-  constexpr int kPerShift = internal::Float16Format<T>::kMantissa / bits;
-  constexpr int kStride = kPerShift >= L::kCodesPerHalf / 2 ? L::kCodesPerHalf / 2 : kPerShift;
-  constexpr int kPosition = (kIndex % kStride) * bits;
-  constexpr int kOne = 1 << internal::Float16Format<T>::kMantissa;
+  using C = Conversion<T, bits>;
+  constexpr int kInShift = kIndex % C::kStride, kPosition = kInShift * bits;
   constexpr uint32_t kMask = (L::kCodeMask | L::kCodeMask << 16) << kPosition;
-  constexpr uint32_t kMagic = internal::encode_pair<T>(kOne, 0);
-  const uint32_t raised = and_or<kMask>(shifted[kIndex / kStride], kMagic);
-  constexpr uint32_t kUnit = internal::encode_pair<T>(1, kPosition);
-  constexpr uint32_t kOffset = internal::encode_pair<T>(-(kOne + (L::kZeroPoint << kPosition)), kPosition);
-  return internal::fma2<T>(raised, kUnit, kOffset);
+  constexpr uint32_t kOffset =
+      internal::encode_pair<T>(-(C::kOne + (L::kZeroPoint << kPosition)), kPosition);
+  const uint32_t raised = and_or<kMask>(shifted[kIndex / C::kStride], constants.magic());
+  if constexpr (kInShift == 0) return internal::add2<T>(raised, kOffset);
+  return internal::fma2<T>(raised, constants.template unit<kInShift>(), kOffset);
 }
 
 // a[q] is the A fragment of the word's q-th 16-wide step.
-template <typename T, int bits>
+template <typename T, int bits, typename Constants = Conversion<T, bits>>
 __device__ __forceinline__ void dequantize_word(uint32_t (&a)[Layout<bits>::kStepsPerWord][4],
-                                                uint32_t word) {
+                                                uint32_t word, const Constants& constants = Constants()) {
   using L = Layout<bits>;
-  constexpr int kPerShift = internal::Float16Format<T>::kMantissa / bits;
-  constexpr int kStride = kPerShift >= L::kCodesPerHalf / 2 ? L::kCodesPerHalf / 2 : kPerShift;
+  constexpr int kStride = Constants::kStride;
   const uint32_t shifted[4] = {word, word >> (kStride * bits), word >> (2 * kStride * bits),
                                word >> (3 * kStride * bits)};  // unused ones vanish
   // Register r of a step holds row half b = r % 2 and column half u = r / 2 (layout.h).
   constexpr int kB = L::kStepsPerWord;
   constexpr int kU = L::kCodesPerHalf / 2;
-  a[0][0] = dequantize_pair<T, bits, 0>(shifted);
-  a[0][1] = dequantize_pair<T, bits, kB>(shifted);
-  a[0][2] = dequantize_pair<T, bits, kU>(shifted);
-  a[0][3] = dequantize_pair<T, bits, kU + kB>(shifted);
+  a[0][0] = dequantize_pair<T, bits, 0>(shifted, constants);
+  a[0][1] = dequantize_pair<T, bits, kB>(shifted, constants);
+  a[0][2] = dequantize_pair<T, bits, kU>(shifted, constants);
+  a[0][3] = dequantize_pair<T, bits, kU + kB>(shifted, constants);
   if constexpr (L::kStepsPerWord == 2) {
-    a[1][0] = dequantize_pair<T, bits, 1>(shifted);
-    a[1][1] = dequantize_pair<T, bits, kB + 1>(shifted);
-    a[1][2] = dequantize_pair<T, bits, kU + 1>(shifted);
-    a[1][3] = dequantize_pair<T, bits, kU + kB + 1>(shifted);
+    a[1][0] = dequantize_pair<T, bits, 1>(shifted, constants);
+    a[1][1] = dequantize_pair<T, bits, kB + 1>(shifted, constants);
+    a[1][2] = dequantize_pair<T, bits, kU + 1>(shifted, constants);
+    a[1][3] = dequantize_pair<T, bits, kU + kB + 1>(shifted, constants);
   }
 }
 

@@ -243,16 +243,6 @@ inline constexpr int kConsumerRegisters = [] {
 }();
 
 template <typename T>
-__device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
-  uint32_t d;
-  if constexpr (__is_same(T, __half)) {
-    asm("add.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
-  } else {
-    asm("add.rn.bf16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
-  }
-  return d;
-}
-template <typename T>
 __device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
   uint32_t d;
   if constexpr (__is_same(T, __half)) {
@@ -539,6 +529,10 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         }
         pin(total[i]);
       };
+      // The smallest tile is 1 % faster without, and with zeros there are no registers for them.
+      constexpr bool kKeepsConstants = !kHasZeros && !(kWarpTiles == 1 && kTokens == 16);
+      const std::conditional_t<kKeepsConstants, KeptConversion<T, 2>, Conversion<T, 2>> constants(args.m >>
+                                                                                                  31);
       // Words are fetched while the tensor cores work on those before; with zeros there are no registers for that.
       constexpr bool kAhead = !kHasZeros;
       Words words;
@@ -546,7 +540,10 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         wait_for(ring);
         load_words(words, ring.stage);
       }
-      for (int block = segment.first_block; block < segment.last_block; block += kGemmUnitBlocks) {
+      // Counted down: in a register that ptxas knows to be uniform.
+      int left =
+          __shfl_sync(0xffffffffu, (segment.last_block - segment.first_block + 1) / kGemmUnitBlocks, 0);
+      for (int block = segment.first_block; left > 0; --left, block += kGemmUnitBlocks) {
         if constexpr (!kAhead) {
           wait_for(ring);
           load_words(words, ring.stage);
@@ -566,13 +563,13 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
             // Not before the tensor cores have left these registers.
             uint32_t packed = words[at / L::kHalves][at % L::kHalves][i];
             asm volatile("" : "+r"(packed));
-            dequantize_word<T, 2>(a[i][word], packed);
+            dequantize_word<T, 2>(a[i][word], packed, constants);
             if constexpr (kHasZeros) {
 #pragma unroll
               for (int q = 0; q < L::kStepsPerWord; ++q) {
 #pragma unroll
                 for (int r = 0; r < 4; ++r)
-                  a[i][word][q][r] = add2<T>(a[i][word][q][r], shift[2 * i + r % 2]);
+                  a[i][word][q][r] = internal::add2<T>(a[i][word][q][r], shift[2 * i + r % 2]);
               }
             }
           });
@@ -585,7 +582,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
           wgmma_commit();
           constexpr bool kLast = step == kGroups * kWarpTiles - 1;
           if constexpr (kAhead && kLast) {
-            if (block + kGemmUnitBlocks < segment.last_block) {
+            if (left > 1) {
               wait_for(next);
               load_words(words, next.stage);
             }

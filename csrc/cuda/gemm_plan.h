@@ -67,13 +67,13 @@ struct GemmShape {
 constexpr GemmShape shape_of(GemmKernel kernel) {
   switch (kernel) {
     case GemmKernel::kSums16: return {16, 3, 2, 8, 1170};
-    case GemmKernel::kSums16Medium: return {16, 2, 2, 10, 850};
+    case GemmKernel::kSums16Medium: return {16, 2, 2, 10, 830};
     case GemmKernel::kSums16Narrow: return {16, 2, 1, 12, 540};
     case GemmKernel::kSums32: return {32, 3, 2, 8, 1450};
     case GemmKernel::kSums32Medium: return {32, 2, 2, 9, 1020};
-    case GemmKernel::kSums32Narrow: return {32, 2, 1, 10, 605};
-    case GemmKernel::kSums48: return {48, 2, 2, 8, 1280};
-    case GemmKernel::kSums48Narrow: return {48, 2, 1, 8, 715};
+    case GemmKernel::kSums32Narrow: return {32, 2, 1, 10, 590};
+    case GemmKernel::kSums48: return {48, 2, 2, 8, 1260};
+    case GemmKernel::kSums48Narrow: return {48, 2, 1, 8, 700};
     case GemmKernel::kSums64: return {64, 2, 2, 8, 1490};
     case GemmKernel::kSums64Narrow: return {64, 2, 1, 8, 845};
     case GemmKernel::kZeros48: return {48, 2, 2, 7, 2000};
