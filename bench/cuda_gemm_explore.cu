@@ -35,16 +35,17 @@ struct Variant {
   const void* add;
   int threads() const { return (shape.warpgroups + 1) * 128; }
 };
-template <int kTokens, int kWarpgroups, int kWarpTiles, int kGroupSize, int kStages>
+template <int kTokens, int kWarpgroups, int kWarpTiles, int kGroupSize, int kStages, bool kPairs = false>
 Variant make(const char* name, int least, int most, int unit_clocks) {
   using Tile = TileLayout<kTokens, kWarpgroups, kWarpTiles>;
   return {name,
-          {kTokens, kWarpgroups, kWarpTiles, kStages, unit_clocks},
+          {kTokens, kWarpgroups, kWarpTiles, kStages, unit_clocks, kGroupSize == 0, kPairs},
           least,
           most,
           Tile::kRows,
           GemmSmem<Tile, kGroupSize, false, kStages>::kBytes,
-          (const void*)gemm_kernel<__half, kTokens, kWarpgroups, kWarpTiles, kGroupSize, false, kStages>,
+          (const void*)gemm_kernel<__half, kTokens, kWarpgroups, kWarpTiles, kGroupSize, false, kStages,
+                                   kPairs>,
           (const void*)add_gemm_parts<__half, kTokens, kWarpgroups, kWarpTiles>};
 }
 
@@ -53,7 +54,7 @@ template <GemmKernel kernel>
 Variant make(const char* name, int least, int most) {
   constexpr GemmShape kShape = shape_of(kernel);
   return make<kShape.tokens, kShape.warpgroups, kShape.warp_tiles, kShape.on_weights ? 0 : kGroup,
-              kShape.stages>(name, least, most, kShape.unit_clocks);
+              kShape.stages, kShape.pairs>(name, least, most, kShape.unit_clocks);
 }
 
 int main(int argc, char** argv) {
@@ -91,6 +92,7 @@ int main(int argc, char** argv) {
       make<GemmKernel::kWeights112Narrow>("weights112narrow", 65, 16384),
       make<GemmKernel::kWeights128>("weights128", 65, 16384),
       make<GemmKernel::kWeights128Narrow>("weights128narrow", 65, 16384),
+      make<GemmKernel::kWeights128Pairs>("weights128pairs", 512, 16384),
       make<GemmKernel::kWeights144>("weights144", 65, 16384),
       make<GemmKernel::kWeights144Narrow>("weights144narrow", 65, 16384),
       make<GemmKernel::kWeights160Narrow>("weights160narrow", 65, 16384),
@@ -185,7 +187,8 @@ int main(int argc, char** argv) {
         const cuuint64_t dims[2] = {(cuuint64_t)k, (cuuint64_t)m}, strides[1] = {(cuuint64_t)k * 2};
         const int rest = m % v.shape.tokens;
         for (int i = 0; i < 2; ++i) {
-          const cuuint32_t box[2] = {64, (cuuint32_t)(i && rest ? rest : v.shape.tokens)},
+          const int box_tokens = v.shape.pairs ? v.shape.tokens / 2 : i && rest ? rest : v.shape.tokens;
+          const cuuint32_t box[2] = {64, (cuuint32_t)box_tokens},
                            steps[2] = {1, 1};
           if (encode(&maps[i], CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, x, dims, strides, box, steps,
                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -201,8 +204,9 @@ int main(int argc, char** argv) {
           a.words = (const uint4*)weights.copy(i);
           a.scales = weights.scales(i);
           void* params[] = {&maps[0], &maps[1], &a};
-          const dim3 grid = plan.ranks > 1 ? dim3(plan.ranks, tiles) : dim3(plan.grid);
-          ClusterLaunch(grid, v.threads(), v.bytes, plan.ranks, s)(v.kernel, params);
+          const int cluster = v.shape.pairs ? 2 : plan.ranks;
+          const dim3 grid = plan.ranks > 1 ? dim3(plan.ranks, tiles) : dim3(plan.grid * cluster);
+          ClusterLaunch(grid, v.threads(), v.bytes, cluster, s)(v.kernel, params);
           if (cut) {
             void* params[] = {&a};
             cudaLaunchConfig_t config = {};

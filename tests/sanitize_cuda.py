@@ -29,8 +29,8 @@ SHAPES = (
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
 LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 8192, 13216, -1))
-# Rows enough for the kernels for many tokens; whole tiles, and tiles that several blocks share; the last three are
-# enough for a thread block to go round its ring.
+# Rows enough for the kernels for many tokens; whole tiles, and tiles that several blocks share; the last four are
+# enough for a thread block to go round its ring, and the very last for pairs of them.
 GEMM_SHAPES = (
     (20, 1024, 392, 32),
     (40, 2048, 264, 64),
@@ -41,6 +41,7 @@ GEMM_SHAPES = (
     (20, 2048, 12296, 128),
     (120, 2048, 10312, 128),
     (129, 2048, 5640, 128),
+    (2250, 384, 3336, 128),
 )
 # Weights that are made dense: rows of whole vectors and not, one thread block along N and several.
 DENSE_SHAPES = ((256, 64, 128), (160, 1000, 32), (77, 45, -1), (65, 1031, -1))

@@ -168,9 +168,25 @@ SHARES = [
     (170, 3072, 8776, "", False, "176 tokens x 128 features, 69 of them cut"),
     (170, 1536, 18504, "", False, "176 tokens x 128 features, 13 of them cut"),
     (170, 3072, 5640, "", False, "176 tokens x 128 features, a cluster of 2"),
-    (385, 1536, 20488, "", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
-    (300, 1536, 8200, "float32", False, "; then, for the last 44 rows, wgmma"),
-    (520, 1536, 4104, "float32", False, "; then, for the last 8 rows, mma.sync, 16-bit floats"),
+    (
+        2250,
+        384,
+        3336,
+        "",
+        False,
+        "128 tokens x 512 features, 0 of them cut along K, words read 18 times, by pairs",
+    ),
+    (
+        2049,
+        256,
+        9224,
+        "",
+        False,
+        "128 tokens x 512 features, 0 of them cut along K, words read 17 times, by pairs",
+    ),
+    (257, 1536, 3848, "float32", False, "; then, for the last 1 rows, mma.sync, activations as int8 digits"),
+    (400, 1536, 5384, "float32", False, "; then, for the last 16 rows, wgmma"),
+    (260, 2048, 4104, "float32", False, "; then, for the last 4 rows, mma.sync, 16-bit floats"),
 ]
 
 
@@ -237,6 +253,17 @@ def test_k_that_fills_no_tile(k, group_size, mode):
 def test_columns_that_fill_no_tile(n, mode):
     for m in ROWS_OF_KERNELS[mode]:
         check(MatmulProblem(m, 384, n, 64, "float16", "float16"), mode)
+
+
+@needs_hopper
+@both_halves
+@pytest.mark.parametrize(("k", "group_size"), [(200, -1), (320, 64)])
+def test_pairs_of_thread_blocks_where_k_fills_no_tile(k, group_size, dtype):
+    problem = MatmulProblem(2056, k, 9224, group_size, dtype, dtype)
+    x = jax.ShapeDtypeStruct((problem.m, problem.k), problem.x_dtype)
+    if jax.local_devices(backend="cuda")[0].core_count == 132:
+        assert "by pairs" in jax_trirun.explain(x, problem.quant_tensor(), backend="cuda")
+    check(problem, "cuda")
 
 
 @both_modes

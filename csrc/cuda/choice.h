@@ -69,7 +69,8 @@ inline std::string describe(const Product& product, int compute_capability, int 
   if (kernels == Kernels::kGemm) {
     const auto [kernel, plan] = choose_gemm(p, product.all_of_x_type, product.zeros, sms);
     const GemmShape shape = shape_of(kernel);
-    return "wgmma, " + of_tiles(plan, shape.on_weights, shape.tokens, shape.features());
+    return "wgmma, " + of_tiles(plan, shape.on_weights, shape.tokens, shape.features()) +
+           (shape.pairs ? ", by pairs of thread blocks" : "");
   }
   const bool portable = product.portable || compute_capability < 90;
   const DecodeKernel kernel = choose_decode_kernel(p, sms, portable);

@@ -14,11 +14,13 @@
 //                    the next stage's words; wait for the second; scale and add them up
 //
 // Measured on an H200, and dropped. At 1024 tokens (8192 x 57344): fragments made half a block at a time (two words,
-// 7 % slower: the tensor cores ran dry); clusters of two blocks that fetch x for each other by multicast (8 %
-// slower, though half the reads of the L2 cache: one more block to wait for); scales read from global memory
+// 7 % slower: the tensor cores ran dry); scales read from global memory
 // instead of the ring (a quarter slower); tiles of 192 or 256 tokens x 128 features, or of 192 x 192 (2 to 15 % slower
 // from 512 tokens on, though each word is converted half as often). From about 128 tokens on the card's power is what
-// binds: at 700 TFLOP/s its clock falls from 1.98 to 1.5 GHz. At 32 tokens: words one by one as above, in stages of 64
+// binds: at 700 TFLOP/s its clock falls from 1.98 to 1.5 GHz. wgmma by itself, over operands that stay where they are, does
+// 840 TFLOP/s at 1.7 GHz, and 830 with the conversions (bench/cuda_tensor_power.cu); of 1024 tokens' time 6 to 7 % go into
+// copying x, 1 % into the words, 1 to 4 % into storing y. So pairs of thread blocks read x from the L2 cache once for both,
+// which takes 2 to 3 % off 4096 tokens, and nothing off 1024. At 32 tokens: words one by one as above, in stages of 64
 // of K (a quarter slower: a barrier and an empty pipeline for every 64); four warpgroups of 32 registers less (no
 // faster). What the arithmetic takes by itself is in bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the
 // registers that wgmma reads are the limit, whatever the order.
@@ -266,8 +268,10 @@ __device__ __forceinline__ void unrolled(F f) {
   unrolled_over(f, std::make_integer_sequence<int, kCount>{});
 }
 
+// kPairs: thread blocks 2 i and 2 i + 1 are a cluster. They make neighbouring tiles of N at the same time, and each brings
+// half of the tokens for both; x_map has boxes of that many.
 template <typename T, int kTokens, int kWarpgroups, int kWarpTiles, int kGroupSize, bool kHasZeros,
-          int kStages>
+          int kStages, bool kPairs = false>
 __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap x_rest_map,
                 const __grid_constant__ GemmArgs args) {
@@ -293,10 +297,27 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  // The consumers wait for the producer to have made the barriers; it goes on at once.
+  // The consumers wait for the producer to have made the barriers; it goes on at once, but for pairs.
   constexpr int kWorkingWarps = kWarpgroups * 4 + 1;
   RingPosition<kStages> ring;
   allow_dependents();  // add_gemm_parts may be brought up as soon as there is room
+
+  const int in_pair = kPairs ? blockIdx.x % 2 : 0;
+  const auto for_each_of_mine = [&](const auto& visit) {
+    constexpr int kOfPair = kPairs ? 2 : 1;
+    for_each_segment(args.walk, blockIdx.x / kOfPair, blockIdx.y, gridDim.x / kOfPair,
+                     [&](Segment segment) {
+                       segment.n_tile = segment.n_tile * kOfPair + in_pair;
+                       visit(segment);
+                     });
+  };
+
+  // All threads of both.
+  const auto meet_other_of_pair = [] {
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  };
 
   // One warp, of which one thread asks for the copies.
   const auto produce = [&] {
@@ -306,14 +327,19 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       prefetch_map(x_rest_map);
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(full(stage), 1);
-        barrier_init(empty(stage), kWarpgroups * 128);
+        barrier_init(empty(stage),
+                     kWarpgroups * (kPairs ? 128 + 4 : 128));  // and a thread of each warp of the other's
       }
       barrier_init(exchanged, 1);
       barrier_init_fence();
     }
-    arrive_at_barrier<0, kWorkingWarps>();
+    if constexpr (kPairs) {
+      meet_other_of_pair();
+    } else {
+      arrive_at_barrier<0, kWorkingWarps>();
+    }
     const int rows = kScaledSums ? Smem::kRows : args.unit_rows;
-    for_each_segment(args.walk, blockIdx.x, blockIdx.y, gridDim.x, [&](const Segment& segment) {
+    for_each_of_mine([&](const Segment& segment) {
       const int n_first = segment.n_tile * Tile::kBlocks;
       const int word_bytes = min(Tile::kBlocks, args.n_blocks - n_first) * Smem::kBlockBytes;
       const int64_t word_row = static_cast<int64_t>(args.n_blocks) * Smem::kBlockBytes;
@@ -328,23 +354,33 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       // Only tokens that exist: the copy engine writes the zeros of others at some 15 bytes a clock, longer than narrow
       // tiles are multiplied. What the ring holds in their place becomes sums that are not stored.
       const int token = segment.m_tile * kTokens;
-      const int tokens = min(kTokens, args.m - token);
+      const int tokens = kPairs ? kTokens : min(kTokens, args.m - token);
       const CUtensorMap& map = tokens == kTokens ? x_map : x_rest_map;
       const int x_bytes = tokens * (Smem::kXBytes / kTokens);
+      const bool has_words =
+          !kPairs || n_first < args.n_blocks;  // the last tile of N may have no other beside it
       for (int block = segment.first_block; block < segment.last_block; block += kGemmUnitBlocks) {
         barrier_wait(empty(ring.stage), ring.parity ^ 1);
         if (asks) {
           const uint32_t to = stage_at(ring.stage), arrived = full(ring.stage);
           const int blocks = min(kGemmUnitBlocks, args.walk.k_blocks - block);  // K may end inside a unit
-          barrier_arrive_expecting(arrived, x_bytes + blocks * word_bytes + all_scale_bytes);
-          copy_bulk(to + Smem::kWords, words, word_bytes, arrived);
-          if (blocks == kGemmUnitBlocks)
+          barrier_arrive_expecting(arrived,
+                                   x_bytes + (has_words ? blocks * word_bytes + all_scale_bytes : 0));
+          if (has_words) copy_bulk(to + Smem::kWords, words, word_bytes, arrived);
+          if (has_words && blocks == kGemmUnitBlocks)
             copy_bulk(to + Smem::kWords + Smem::kWordRowBytes, words + word_row, word_bytes, arrived);
 #pragma unroll
-          for (int j = 0; j < kGemmUnitBlocks; ++j)  // past K it brings zeros
-            copy_box(to + j * Smem::kXBlockBytes, map, (block + j) * L::kBlockK, token, arrived);
+          for (int j = 0; j < kGemmUnitBlocks; ++j) {  // past K it brings zeros
+            const uint32_t to_x = to + j * Smem::kXBlockBytes;
+            if constexpr (kPairs) {
+              copy_box_to_both(to_x + in_pair * (Smem::kXBlockBytes / 2), map, (block + j) * L::kBlockK,
+                               token + in_pair * (kTokens / 2), arrived);
+            } else {
+              copy_box(to_x, map, (block + j) * L::kBlockK, token, arrived);
+            }
+          }
 #pragma unroll 1
-          for (int i = 0; i < rows; ++i) {
+          for (int i = 0; has_words && i < rows; ++i) {
             const int row =
                 min((block * L::kBlockK + i * (Smem::kUnitK / rows)) >> args.group_shift, args.groups - 1);
             const int64_t from = row * scale_row + first_scale;
@@ -363,7 +399,11 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
   };
 
   const auto consume = [&] {
-    wait_at_barrier<0, kWorkingWarps>();
+    if constexpr (kPairs) {
+      meet_other_of_pair();
+    } else {
+      wait_at_barrier<0, kWorkingWarps>();
+    }
     float sums[kWarpTiles][kSums];  // of the products
     float total[kScaledSums ? kWarpTiles : 1][kScaledSums ? kSums : 1];
     // Where the lane's words and scales of `size` bytes are in a stage. ptxas would compute them again for every unit;
@@ -399,7 +439,11 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       }
     };
     // Every thread for itself: that took 2 % less time than one for its warp.
-    const auto release = [&](int stage) { barrier_arrive(empty(stage)); };
+    const uint32_t empty_of_other = kPairs ? opaque(address_in(in_pair ^ 1, empty(0))) : 0;
+    const auto release = [&](int stage) {
+      barrier_arrive(empty(stage));
+      if constexpr (kPairs) barrier_arrive_in_cluster(empty_of_other + stage * 8, lane == 0);
+    };
 
     // d += a word's weights @ its part of x; the word is the `half`-th of its block of K, x of which is at
     // `x_block`.
@@ -687,7 +731,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         }
       }
     };
-    for_each_segment(args.walk, blockIdx.x, blockIdx.y, gridDim.x, [&](const Segment& segment) {
+    for_each_of_mine([&](const Segment& segment) {
       if constexpr (kScaledSums) {
         multiply_and_scale_sums(segment);
         store(segment, total);
@@ -700,11 +744,16 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
 
   if (warpgroup == kWarpgroups) {
     give_registers<kProducerRegisters>();
-    if (warp == kWarpgroups * 4) produce();
+    if (warp == kWarpgroups * 4) {
+      produce();
+    } else if constexpr (kPairs) {
+      meet_other_of_pair();
+    }
   } else {
     take_registers<kConsumerRegisters<kWarpgroups>>();
     consume();
   }
+  if constexpr (kPairs) meet_other_of_pair();  // which may still arrive at barriers here
 #endif
 }
 

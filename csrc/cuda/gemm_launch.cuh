@@ -116,9 +116,10 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   gemm.row_shift = std::min(gemm.group_shift, 7) - 5;
 
   CUtensorMap x_map;
-  if (std::string error = make_x_map(x_map, args, kShape.tokens); !error.empty()) return error;
+  const int box = kShape.tokens / (kShape.pairs ? 2 : 1);
+  if (std::string error = make_x_map(x_map, args, box); !error.empty()) return error;
   CUtensorMap x_rest_map = x_map;  // of the tokens after whole tiles
-  if (const int rest = static_cast<int>(p.m % kShape.tokens); rest > 0) {
+  if (const int rest = static_cast<int>(p.m % kShape.tokens); rest > 0 && !kShape.pairs) {
     if (std::string error = make_x_map(x_rest_map, args, rest); !error.empty()) return error;
   }
   if constexpr (kHasZeros) {
@@ -128,21 +129,22 @@ std::string launch_gemm_instance(const MatmulArgs& args, const GemmPlan& plan, c
   }
 
   const auto function = gemm_kernel<T, kShape.tokens, kShape.warpgroups, kShape.warp_tiles, kGroupSize,
-                                    kHasZeros, kShape.stages>;
+                                    kHasZeros, kShape.stages, kShape.pairs>;
   cudaError_t error =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Smem::kBytes);
   if (error != cudaSuccess) return describe("cudaFuncSetAttribute", error);
   cudaLaunchConfig_t config = {};
-  config.gridDim = plan.ranks > 1 ? dim3(plan.ranks, plan.tiles()) : dim3(plan.grid);
+  const int cluster_size = kShape.pairs ? 2 : plan.ranks;
+  config.gridDim = plan.ranks > 1 ? dim3(plan.ranks, plan.tiles()) : dim3(plan.grid * cluster_size);
   config.blockDim = dim3((kShape.warpgroups + 1) * 128);
   config.dynamicSmemBytes = Smem::kBytes;
   config.stream = stream;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.ranks;
+  cluster.val.clusterDim.x = cluster_size;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
-  config.numAttrs = plan.ranks > 1 ? 1 : 0;
+  config.numAttrs = cluster_size > 1 ? 1 : 0;
   error = cudaLaunchKernelEx(&config, function, x_map, x_rest_map, gemm);
   if (error != cudaSuccess) return describe("launching the gemm kernel", error);
   if (plan.cut_tiles() == 0) return "";
