@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
     for (int q = 0; q < L::kStepsPerWord; ++q) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) a[set][q][r] = mul2<__half>(a[set][q][r], scale[r % 2]);
+      for (int r = 0; r < 4; ++r) a[set][q][r] = cuda::internal::mul2<__half>(a[set][q][r], scale[r % 2]);
     }
   };
   unrolled<kSets>(convert);

@@ -64,6 +64,17 @@ __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
   return d;
 }
 
+template <typename T>
+__device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  if constexpr (__is_same(T, __half)) {
+    asm("mul.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  } else {
+    asm("mul.rn.bf16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
+  }
+  return d;
+}
+
 }  // namespace internal
 
 // Where the codes of a word lie, and the constants that turn them into floats. An instruction holds one constant; where

@@ -20,7 +20,7 @@
 // binds: at 700 TFLOP/s its clock falls from 1.98 to 1.5 GHz. wgmma by itself, over operands that stay where they are, does
 // 840 TFLOP/s at 1.7 GHz, and 830 with the conversions (bench/cuda_tensor_power.cu); of 1024 tokens' time 6 to 7 % go into
 // copying x, 1 % into the words, 1 to 4 % into storing y. So pairs of thread blocks read x from the L2 cache once for both,
-// which takes 2 to 3 % off 4096 tokens, and nothing off 1024. At 32 tokens: words one by one as above, in stages of 64
+// which takes 1 to 3 % off 4096 tokens, 2 to 3 % off 16384, and nothing off 1024. At 32 tokens: words one by one as above, in stages of 64
 // of K (a quarter slower: a barrier and an empty pipeline for every 64); four warpgroups of 32 registers less (no
 // faster). What the arithmetic takes by itself is in bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the
 // registers that wgmma reads are the limit, whatever the order.
@@ -243,17 +243,6 @@ inline constexpr int kConsumerRegisters = [] {
   constexpr int kAtStart = 65536 / (kGroups * 128) / 8 * 8;
   return (kAtStart * kGroups - kProducerRegisters) / kWarpgroups / 8 * 8;
 }();
-
-template <typename T>
-__device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
-  uint32_t d;
-  if constexpr (__is_same(T, __half)) {
-    asm("mul.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
-  } else {
-    asm("mul.rn.bf16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
-  }
-  return d;
-}
 
 // A number that a lambda's body can use as a template argument.
 template <int kValue>
@@ -495,7 +484,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
 #pragma unroll
             for (int q = 0; q < L::kStepsPerWord; ++q) {
 #pragma unroll
-              for (int r = 0; r < 4; ++r) a[set][q][r] = mul2<T>(a[set][q][r], of_row[r % 2]);
+              for (int r = 0; r < 4; ++r) a[set][q][r] = internal::mul2<T>(a[set][q][r], of_row[r % 2]);
             }
             wgmma_fence();
             multiply_word(sums[i], a[set], x_of(ring.stage, j), half,
@@ -559,9 +548,9 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
         return min(row, args.x_groups - 1) * args.x_sums_stride + segment.m_tile * kTokens + lane % 4 * 2;
       };
       // Of a group's scales and zeros, which are the tile's own: the next group's may have been loaded by now.
-      const auto add_tile = [&](auto tile_, const Scales& scales, const float (&more)[2]) {
+      const auto add_tile = [&](auto tile_, const Scales& of_group, const float (&more)[2]) {
         constexpr int i = decltype(tile_)::value;
-        const float2 of_tile = scales.of_tile(i, args.scales_are_f32);
+        const float2 of_tile = of_group.of_tile(i, args.scales_are_f32);
         const float scale[2] = {of_tile.x, of_tile.y};
         pin(sums[i]);
 #pragma unroll
@@ -575,8 +564,8 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1)
       };
       // The smallest tile is 1 % faster without, and with zeros there are no registers for them.
       constexpr bool kKeepsConstants = !kHasZeros && !(kWarpTiles == 1 && kTokens == 16);
-      const std::conditional_t<kKeepsConstants, KeptConversion<T, 2>, Conversion<T, 2>> constants(args.m >>
-                                                                                                  31);
+      using Constants = std::conditional_t<kKeepsConstants, KeptConversion<T, 2>, Conversion<T, 2>>;
+      const Constants constants(args.m >> 31);  // 0, which the compiler cannot know
       // Words are fetched while the tensor cores work on those before; with zeros there are no registers for that.
       constexpr bool kAhead = !kHasZeros;
       Words words;

@@ -196,9 +196,8 @@ GemmChoice<Kernel> cheapest(const Kernel (&kernels)[kCount], const Problem& prob
   return best;
 }
 
-// From here on pairs of thread blocks are faster: 4096 rows of 8192 x 57344 take 2 % less, of 28672 x 8192 and 4096 x 28672
-// 3 %, as the card's power binds, and x is read from the L2 cache half as often. With 512 and 1024 rows they are as fast or
-// 1 % slower.
+// From here on pairs of thread blocks are faster, as the card's power binds, and they read x from the L2 cache half as
+// often: 4096 rows take 1 to 3 % less, 16384 rows 2 to 3 %. With 512 and 1024 rows they are as fast or up to 2 % slower.
 inline constexpr int64_t kLeastPairsTokens = 2048;
 
 // Whether a kernel may take a product. Scales on the weights are for scales and results of x's type: a scale times a
