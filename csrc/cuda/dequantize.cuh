@@ -53,8 +53,12 @@ __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+// Only sm_90 and later add and multiply bfloat16 pairs otherwise than by an fma.
 template <typename T>
 __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return fma2<T>(a, encode_pair<T>(1, 0), b);
+#else
   uint32_t d;
   if constexpr (__is_same(T, __half)) {
     asm("add.rn.f16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
@@ -62,8 +66,8 @@ __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
     asm("add.rn.bf16x2 %0, %1, %2;\n" : "=r"(d) : "r"(a), "r"(b));
   }
   return d;
+#endif
 }
-
 template <typename T>
 __device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
   uint32_t d;
