@@ -9,10 +9,8 @@
 //     LD_LIBRARY_PATH=<where libcublas.so.13 is> /tmp/cuda_tensor_power > bench/results/<name>.csv
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <utility>
-#include <vector>
 
 #include "../csrc/cuda/gemm.cuh"
 #include "cuda_cublas.cuh"
@@ -74,7 +72,7 @@ __global__ void __launch_bounds__(256, 1)
           wgmma_fence();
 #pragma unroll
           for (int q = 0; q < L::kStepsPerWord; ++q) {
-            const int stage = (unit % 2 * 2 + word / 2) % kStages;
+            const int stage = (unit * 2 + word / 2) % kStages;
             Wgmma<__half, kTokens>::mma(
                 sums[i], a[set][q],
                 swizzled_descriptor(shared + stage * kBlockBytes) + (word % 2 * 32 + q * 16) * 2 / 16,
