@@ -7,7 +7,7 @@
 //       -o /tmp/cuda_explore bench/cuda_explore.cu
 //     /tmp/cuda_explore full > bench/results/<name>.csv
 //
-// Without "full" only the best five rows of every size; with "K,N,M,variant,ranks" that one launch, for a
+// Without "full" only the best five rows of every size; with "K,N,M,variant,ranks,blocks_per_warp" that one launch, for a
 // profiler.
 #include <cuda_runtime.h>
 
@@ -28,40 +28,42 @@ using namespace jax_trirun::cuda;
 struct Variant {
   const char* name;
   const void* kernel;
-  int warps, blocks_per_sm, stages, tokens;
-  int (*smem)(int rows, int upr, int ranks);
+  int warps, blocks_per_sm, blocks_per_warp, stages, tokens;
+  int (*smem)(int rows, int upr, int ranks, int blocks_per_warp);
 };
 
 template <template <int, typename, typename, int, int, bool> class MathOf, int kTT, int kWarps, int kStages,
-          int kBps, typename T = __half, int G = 128>
+          int kBps, int kBpw = 1, typename T = __half, int G = 128>
 Variant make(const char* name) {
   using Math = MathOf<2, T, T, kTT, G, false>;
   return {name,
-          (const void*)decode_kernel<Math, 2, T, T, G, false, kWarps, kStages, true, kBps>,
+          (const void*)decode_kernel<Math, 2, T, T, G, false, kWarps, kStages, true, kBps, kBpw>,
           kWarps,
           kBps,
+          kBpw,
           kStages,
           Math::kTokens,
-          [](int rows, int upr, int ranks) {
-            return DecodeSmem<Math, 2, kWarps, kStages, false, sizeof(T)>::total_bytes(rows, upr, ranks);
+          [](int rows, int upr, int ranks, int blocks_per_warp) {
+            return DecodeSmem<Math, 2, kWarps, kStages, false, sizeof(T)>::total_bytes(rows, upr, ranks,
+                                                                                       blocks_per_warp);
           }};
 }
 
 int main(int argc, char** argv) {
   const bool full = argc > 1 && !strcmp(argv[1], "full");
-  const char* only = argc > 1 && !full ? argv[1] : nullptr;  // "K,N,M,variant,ranks", for a profiler
+  const char* only = argc > 1 && !full ? argv[1] : nullptr;  // "K,N,M,variant,ranks,blocks_per_warp", for a profiler
   cudaDeviceProp prop;
   CHECK(cudaGetDeviceProperties(&prop, 0));
   const int sms = prop.multiProcessorCount;
   std::printf("# %s, %d SMs\n", prop.name, sms);
   std::vector<Variant> variants = {
-      make<SliceMath, 1, 16, 6, 1>("s1w16s6b1"), make<SliceMath, 2, 16, 4, 1>("s2w16s4b1"),
+      make<SliceMath, 1, 16, 6, 1>("s1w16s6b1"), make<SliceMath, 2, 16, 4, 1, 2>("s2w16s4b1"),
       make<FloatMath, 1, 16, 3, 1>("f1w16s3b1"), make<FloatMath, 2, 12, 3, 1>("f2w12s3b1"),
       // Not compiled into the library: other rings, more warps, two smaller blocks a multiprocessor.
       make<SliceMath, 1, 16, 4, 1>("s1w16s4b1"), make<SliceMath, 1, 16, 8, 1>("s1w16s8b1"),
       make<SliceMath, 2, 16, 5, 1>("s2w16s5b1"), make<FloatMath, 1, 16, 4, 1>("f1w16s4b1"),
       make<FloatMath, 1, 20, 3, 1>("f1w20s3b1"), make<FloatMath, 1, 8, 4, 2>("f1w8s4b2")};
-  std::printf("k,n,m,variant,ranks,slots,us,read_floor_us,time_over_floor,worst_c\n");
+  std::printf("k,n,m,variant,ranks,blocks_per_warp,slots,us,read_floor_us,time_over_floor,worst_c\n");
 
   struct Shape {
     int k, n;
@@ -102,11 +104,11 @@ int main(int argc, char** argv) {
       for (auto& v : variants) {
         if (v.tokens < std::min(m, 16) || (v.tokens >= 2 * m && v.tokens > 8)) continue;
         for (int ranks : {1, 2, 4, 8}) {
-          {
+          for (int blocks_per_warp = 1; blocks_per_warp <= v.blocks_per_warp; ++blocks_per_warp) {
             const int units = ceil_div(k, 128);
             const int upr = ceil_div(units, ranks);
             if (upr * (ranks - 1) >= units) continue;
-            const int smem = v.smem(std::min(m, v.tokens), upr, ranks);
+            const int smem = v.smem(std::min(m, v.tokens), upr, ranks, blocks_per_warp);
             if (smem > 227 * 1024 / v.blocks_per_sm - 1024) continue;
             const void* kernel = v.kernel;
             CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
@@ -116,16 +118,17 @@ int main(int argc, char** argv) {
               slots = ClusterLaunch(grid, v.warps * 32, smem, ranks).most_at_once(kernel);
             }
             if (slots < 1) continue;
+            const int clusters = std::min(n_blocks, slots);
+            if (blocks_per_warp > 1 && ceil_div(n_blocks, clusters) <= v.warps) continue;  // one line anyway
             if (only) {
               char id[128];
-              std::snprintf(id, sizeof id, "%d,%d,%d,%s,%d", k, n, m, v.name, ranks);
+              std::snprintf(id, sizeof id, "%d,%d,%d,%s,%d,%d", k, n, m, v.name, ranks, blocks_per_warp);
               if (strcmp(id, only)) continue;
             }
-            const int clusters = std::min(n_blocks, slots);
             DecodeArgs args = {};
             args.x = x, args.y = y, args.m = m, args.n = n, args.k = k;
             args.k_blocks = k_blocks, args.n_blocks = n_blocks, args.group_stride = n;
-            cut_work(args, ranks, clusters, v.warps);
+            cut_work(args, ranks, clusters, v.warps, blocks_per_warp);
             auto launch = [&](int i, cudaStream_t s) {
               DecodeArgs a = args;
               a.words = (const uint4*)weights.copy(i);
@@ -140,8 +143,8 @@ int main(int argc, char** argv) {
             const double worst = sample.worst(y);
             const float us = graph_time_us(launches, launch);
             char text[256];
-            std::snprintf(text, sizeof text, "%d,%d,%d,%s,%d,%d,%.2f,%.2f,%.3f,%.1f", k, n, m, v.name,
-                          ranks, slots, us, floor_us, us / floor_us, worst);
+            std::snprintf(text, sizeof text, "%d,%d,%d,%s,%d,%d,%d,%.2f,%.2f,%.3f,%.1f", k, n, m, v.name,
+                          ranks, blocks_per_warp, slots, us, floor_us, us / floor_us, worst);
             rows.push_back({us, text});
           }
         }

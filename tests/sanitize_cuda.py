@@ -28,7 +28,7 @@ SHAPES = (
     (33, 320, 200, 64),
 )
 # Enough words for every multiprocessor that M <= 4 takes the kernels of int8 digits.
-LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 8192, 13216, -1))
+LARGE_SHAPES = ((1, 8192, 8960, 128), (4, 8192, 13216, -1), (3, 256, 70024, 128))
 # Rows enough for the kernels for many tokens; whole tiles, and tiles that several blocks share; the last four are
 # enough for a thread block to go round its ring, and the very last for pairs of them.
 GEMM_SHAPES = (

@@ -44,14 +44,15 @@ def check(problem, mode, **options):
     return check_problem(problem, backend=mode, **options)
 
 
-def product(x, codes, scales, zeros=None, *, mode, out_dtype=None, group_size=-1, size="small"):
+def product(x, codes, scales, zeros=None, *, mode, out_dtype=None, group_size=-1, size="small", copies=1):
     """matmul by a kernel, and the float64 reference, for literal arrays.
 
     Large layers have kernels of their own for up to 4 rows. For these, ``size="large"`` repeats the
-    weight's columns, a multiple of 32 of them, until it is such a layer.
+    weight's columns, a multiple of 32 of them, until it is such a layer; ``copies`` says how often itself.
     """
     k, n = codes.shape
-    copies = -(-LARGE_WEIGHTS // (k * n)) if size == "large" and len(x) <= 4 else 1
+    if size == "large" and len(x) <= 4:
+        copies = -(-LARGE_WEIGHTS // (k * n))
     wide_scales, wide_zeros = (
         None if a is None else jnp.tile(jnp.asarray(a), (1, copies)) for a in (scales, zeros)
     )
@@ -142,6 +143,16 @@ def test_every_kernel_of_large_layers(group_size, scale_dtype, dtype):
             out_dtype="float32" if m == 3 else None,
         )  # fmt: skip
         assert_close(*y)
+
+
+@both_halves
+@pytest.mark.parametrize(("k", "copies"), [(512, 1500), (8192, 560), (8192, 960), (28544, 170)])
+@pytest.mark.parametrize("m", [3, 4])
+def test_many_blocks_for_each_thread_block(m, k, copies, dtype):
+    """More n-blocks for a thread block than it has warps: of one line for each warp two or three, some whole."""
+    p = MatmulProblem(m, k, 64, 128, dtype, dtype)
+    y = product(p.x(), p.codes(), p.scales(), mode="cuda", group_size=128, copies=copies, out_dtype="float32")
+    assert_close(*y)
 
 
 @both_modes

@@ -1,15 +1,17 @@
 // The decode kernel: y[M, N] = x[M, K] @ W for a few tokens, at the speed the packed words arrive.
 //
 // A cluster of blocks takes a run of the matrix's blocks of 32 output features (n-blocks), and each of
-// its thread blocks a slice of K of all of them. Inside a thread block the work of up to as many n-blocks
+// its thread blocks a slice of K of all of them. Inside a thread block the work of up to twice as many n-blocks
 // as it has warps is one line of units (128 of K of one n-block), cut into equal pieces, a warp each:
 //
 //      n-block 0            n-block 1            n-block 2
 //    |--------------------|--------------------|--------------------|
 //     warp 0       | warp 1       | warp 2       | warp 3        ..
 //
-// So all warps finish together, whatever N and K are, and a warp meets at most two n-blocks: it leaves a
-// partial sum for each, and the block adds the pieces up once at the end.
+// So all warps finish together, whatever N and K are, and a warp meets at most two n-blocks, or three of long lines: it
+// leaves a partial sum for each, and the block adds the pieces up once at the end. Between two lines the memory has
+// nothing to do for some 3,000 clocks: with three and four tokens long lines take 3 to 6 % off the largest layers. Other
+// kernels are as fast or faster with short ones.
 //
 // x stays in shared memory: a block brings its K slice once and meets it again in every n-block. Words
 // and scales come through a ring that belongs to one warp alone (cp.async, no block-wide barrier), so
@@ -67,6 +69,7 @@
 #include "../problem.h"
 #include "decode_math.cuh"
 #include "outputs.cuh"
+#include "plan.h"
 #include "ptx.cuh"
 
 namespace jax_trirun::cuda {
@@ -89,12 +92,13 @@ struct DecodeArgs {
   uint32_t unit_magic;   // position / units_per_rank = the high word of position * unit_magic; 0 for 1
   int blocks_each;       // n-blocks of a cluster ..
   int blocks_extra;      // .. the first few of which have one more
-  int n_blocks_at_once;  // at most as many as a thread block has warps
+  int n_blocks_at_once;  // of a line
   int log_blocks;        // 2^log_blocks >= n_blocks_at_once
 };
 
-// Fills in the work's cut for `ranks` slices of K in each of `clusters` clusters of blocks of `warps` warps.
-inline void cut_work(DecodeArgs& args, int ranks, int clusters, int warps) {
+// Fills in the work's cut for `ranks` slices of K in each of `clusters` clusters of blocks of `warps` warps. A line has at
+// most `blocks_per_warp` n-blocks for each warp.
+inline void cut_work(DecodeArgs& args, int ranks, int clusters, int warps, int blocks_per_warp) {
   args.units = static_cast<int>(ceil_div(args.k, kUnitK));
   args.units_per_rank = static_cast<int>(ceil_div(args.units, ranks));
   const uint64_t divisor = std::max(args.units_per_rank, 1);
@@ -102,13 +106,13 @@ inline void cut_work(DecodeArgs& args, int ranks, int clusters, int warps) {
   args.blocks_each = args.n_blocks / clusters;
   args.blocks_extra = args.n_blocks % clusters;
   const int most = static_cast<int>(ceil_div(args.n_blocks, clusters));
-  args.n_blocks_at_once = static_cast<int>(ceil_div(most, ceil_div(most, warps)));
+  args.n_blocks_at_once = static_cast<int>(ceil_div(most, ceil_div(most, warps * blocks_per_warp)));
   args.log_blocks = 0;
   while (1 << args.log_blocks < args.n_blocks_at_once) ++args.log_blocks;
 }
 
-// Shared memory of one block, in this order: x as Math wants it, rings, partial sums, where they lie, the sums of the
-// blocks of a cluster, the barriers that x arrives at, and the one for those sums.
+// Shared memory of one block, in this order: x as Math wants it, rings, where the partial sums lie, the barriers that x
+// arrives at and the one for the sums of the blocks of a cluster, the partial sums, and those of the blocks.
 template <typename Math, int bits, int kWarps, int kStages, bool kHasZeros, int kScaleBytes>
 struct DecodeSmem {
   static constexpr int kBlocksPerUnit = kUnitK / Layout<bits>::kBlockK;
@@ -120,21 +124,23 @@ struct DecodeSmem {
   // 36 floats a token: lanes of different t write different banks.
   static constexpr int kPartialStride = Layout<bits>::kBlockN + 4;
   static constexpr int kPartialFloats = Math::kTokens * kPartialStride;
-  static constexpr int kPartialsPerWarp = 2;
-  static constexpr int kPartialBytes = kWarps * kPartialsPerWarp * kPartialFloats * 4;
+  // A piece that is as long as so many n-blocks may lie in one more.
+  static __host__ __device__ int partials_per_warp(int blocks_per_warp) { return blocks_per_warp + 1; }
 
-  static constexpr int kPieceBytes = kWarps * static_cast<int>(sizeof(int4));
+  static constexpr int kPieceBytes = kWarps * kMostBlocksPerWarp * static_cast<int>(sizeof(int4));
   static constexpr int kBarriers = Math::kBarriers + 1;
+  static constexpr int kBarrierBytes = (kBarriers + 1) / 2 * 16;
 
   // Of every item (see below) that this block adds up, each block's sums.
-  static __host__ __device__ int exchange_bytes(int rows, int ranks) {
+  static int exchange_bytes(int rows, int ranks, int blocks_per_warp) {
     int blocks = 1;
-    while (blocks < kWarps) blocks *= 2;
+    while (blocks < kWarps * blocks_per_warp) blocks *= 2;
     return ranks == 1 ? 0 : rows * blocks * Layout<bits>::kBlockN * 4;
   }
-  static __host__ __device__ int total_bytes(int rows, int units_per_rank, int ranks) {
-    return Math::bytes(rows, units_per_rank) + kRingBytes + kPartialBytes + kPieceBytes + kBarriers * 8 +
-           exchange_bytes(rows, ranks);
+  static int total_bytes(int rows, int units_per_rank, int ranks, int blocks_per_warp) {
+    return Math::bytes(rows, units_per_rank) + kRingBytes + kPieceBytes + kBarrierBytes +
+           kWarps * partials_per_warp(blocks_per_warp) * kPartialFloats * 4 +
+           exchange_bytes(rows, ranks, blocks_per_warp);
   }
 };
 
@@ -164,8 +170,9 @@ __device__ __forceinline__ float4 sum_of_left_out(const DecodeArgs& args, const 
   return make_float4(sum[0], sum[1], sum[2], sum[3]);
 }
 
+// A line has at most kBlocksPerWarp n-blocks for each warp.
 template <typename Math, int bits, typename T, typename S, int kGroupSize, bool kHasZeros, int kWarps,
-          int kStages, bool kCluster, int kBlocksPerSm>
+          int kStages, bool kCluster, int kBlocksPerSm, int kBlocksPerWarp>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     decode_kernel(const __grid_constant__ DecodeArgs args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -197,10 +204,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 
   char* const x_shared = smem;
   char* const ring_shared = x_shared + Math::bytes(slice.rows, rank_units);
-  float* const partial_shared = reinterpret_cast<float*>(ring_shared + Smem::kRingBytes);
-  int4* const pieces_shared = reinterpret_cast<int4*>(ring_shared + Smem::kRingBytes + Smem::kPartialBytes);
-  char* const exchange_shared = reinterpret_cast<char*>(pieces_shared + kWarps);
-  const uint32_t x_barriers = shared_address(exchange_shared) + Smem::exchange_bytes(slice.rows, ranks);
+  int4* const pieces_shared = reinterpret_cast<int4*>(ring_shared + Smem::kRingBytes);
+  char* const barriers_shared = reinterpret_cast<char*>(pieces_shared) + Smem::kPieceBytes;
+  float* const partial_shared = reinterpret_cast<float*>(barriers_shared + Smem::kBarrierBytes);
+  const bool long_lines = kBlocksPerWarp > 1 && args.n_blocks_at_once > kWarps;
+  const int partials_per_warp = Smem::partials_per_warp(long_lines ? kBlocksPerWarp : 1);
+  float* const exchange_shared = partial_shared + kWarps * partials_per_warp * Smem::kPartialFloats;
+  const uint32_t x_barriers = shared_address(barriers_shared);
   const uint32_t exchange_barrier = x_barriers + Math::kBarriers * 8;
   const uint32_t ring = shared_address(ring_shared) + warp * kStages * Smem::kStageBytes;
 
@@ -217,12 +227,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 
   // ---- the named steps ----
 
-  // A warp's piece of a line: units of one n-block, perhaps to its end, and then of the next. Those of the next come
-  // first, so that the warps are all at about the same place of K: there their words are neighbours in memory.
+  // A warp's piece of a line: units of one n-block, perhaps to its end, then of the next, and of the one after that. It
+  // begins with the last one, so that the warps are all at about the same place of K: there their words are neighbours in
+  // memory.
   struct Piece {
     int n_block, unit;  // where it begins; n-blocks counted from the line's first
     int count;          // of units of n_block
-    int more;           // of units of n_block + 1
+    int more;           // of units of those after it
   };
   auto piece_of = [&](int line) {
     const int begin = piece_begin(line, warp);
@@ -231,6 +242,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     const int count = piece_begin(line, warp + 1) - begin;
     const int in_first = min(count, rank_units - unit);
     return Piece{n_block, unit, in_first, count - in_first};
+  };
+  // N-blocks after the first one, and units of the last one of them.
+  auto blocks_after_first = [&](const Piece& piece) {
+    return (piece.more > 0) + (kBlocksPerWarp > 1 && piece.more > rank_units);
+  };
+  auto units_of_last = [&](const Piece& piece) {
+    return kBlocksPerWarp > 1 && piece.more > rank_units ? piece.more - rank_units : piece.more;
   };
 
   // The producer's place: what this warp will ask for next. Pointers move by constants within an n-block.
@@ -246,7 +264,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   int fetch_block = 0;
   int fetch_unit = 0;
   int fetch_left = 0;  // units of this n-block
-  int fetch_more = 0;  // units of the one before, up to its end
+  int fetch_more = 0;  // units of those before, up to their ends
   bool fetch_scale = false;
   uint32_t fetch_stage = ring;
   const char* fetch_words = nullptr;
@@ -269,15 +287,16 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   };
   auto aim_fetch = [&] {
     const Piece piece = piece_of(blocks_from(fetch_first) * rank_units);
-    const bool two = piece.more > 0;
-    aim_at(fetch_first + piece.n_block + two, two ? 0 : piece.unit, two ? piece.more : piece.count);
-    fetch_more = two ? piece.count : 0;
+    const int after = blocks_after_first(piece), units = units_of_last(piece);
+    aim_at(fetch_first + piece.n_block + after, after ? 0 : piece.unit, after ? units : piece.count);
+    fetch_more = after ? piece.count + (piece.more - units) : 0;
   };
   auto aim_next = [&] {
     while (fetch_left <= 0) {
       if (fetch_more > 0) {
-        aim_at(fetch_block - 1, rank_units - fetch_more, fetch_more);
-        fetch_more = 0;
+        const int count = kBlocksPerWarp == 1 ? fetch_more : min(fetch_more, rank_units);
+        aim_at(fetch_block - 1, rank_units - count, count);
+        fetch_more -= count;
       } else {  // the next line
         fetch_first += args.n_blocks_at_once;
         if (fetch_first >= end_block) return;
@@ -321,7 +340,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   };
 
   auto offset_of = [&](int warp, int slot) {
-    return (warp * Smem::kPartialsPerWarp + slot) * Smem::kPartialFloats;
+    return (warp * partials_per_warp + slot) * Smem::kPartialFloats;
   };
   auto write_partials = [&](int slot) {
     float* to = partial_shared + offset_of(warp, slot) + 4 * g;
@@ -342,7 +361,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     const int line = blocks_from(block) * rank_units;
     const int begin = j * rank_units;
     const int first = owner(line, begin);
-    const int slot = piece_begin(line, first) < begin ? 1 : 0;
+    const int slot = j - n_block_at(piece_begin(line, first));
     pieces_shared[j] = make_int4(offset_of(first, slot), offset_of(first + 1, 0),
                                  owner(line, begin + rank_units - 1) - first, 0);
   };
@@ -356,11 +375,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     const Pieces pieces = {raw.x, raw.y, raw.z};
     const float* const at = partial_shared + token * Smem::kPartialStride + quad;
     const float* const others = at + pieces.others;
+    const int of_warp = offset_of(1, 0);
     float4 sum = *reinterpret_cast<const float4*>(at + pieces.offset);
 #pragma unroll 4
     for (int i = 0; i < pieces.more; ++i)
-      sum = sum +
-            *reinterpret_cast<const float4*>(others + i * (Smem::kPartialsPerWarp * Smem::kPartialFloats));
+      sum = sum + *reinterpret_cast<const float4*>(others + i * of_warp);
     if constexpr (Math::kLeavesOut) {
       if (leaves_out) {
         sum = sum + sum_of_left_out<Math, bits, S, kGroupSize, kHasZeros>(args, slice, x_shared, token,
@@ -483,11 +502,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   for (int block = first_block; block < end_block; block += args.n_blocks_at_once) {
     if (block != first_block) find_pieces(block);
     const Piece piece = piece_of(blocks_from(block) * rank_units);
-    const bool two = piece.more > 0;
-    int unit = two ? 0 : piece.unit;
-    int count = two ? piece.more : piece.count;
+    const int after = blocks_after_first(piece);
+    int unit = after ? 0 : piece.unit;
+    int count = after ? units_of_last(piece) : piece.count;
     // A warp without a piece (of a short line) leaves a sum too: zero.
-    for (int slot = two; slot >= 0; --slot) {
+    for (int slot = after; slot >= 0; --slot) {
       const int end = min(unit + count, rank_real_units);
       math.begin(unit);
       int x_until = 0;  // the units before it have their x
@@ -506,8 +525,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
         fetch();
       }
       write_partials(slot);
-      unit = piece.unit;
-      count = piece.count;
+      const bool is_whole = kBlocksPerWarp > 1 && slot > 1;
+      unit = is_whole ? 0 : piece.unit;
+      count = is_whole ? rank_units : piece.count;
     }
     if (in_cluster) {
       reduce_in_cluster(block, parity);

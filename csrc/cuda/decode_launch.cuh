@@ -39,14 +39,14 @@ struct DecodeInstance {
 
   static std::string launch(const DecodeLaunch& launch, DecodeArgs args) {
     const int rows = std::min<int>(args.m, Math::kTokens);
-    const auto bytes_of = [rows](int units, int ranks) {
-      return Smem::total_bytes(rows, units, kShape.cluster ? ranks : 1);
+    const auto bytes_of = [rows](int units, int ranks, int blocks_per_warp) {
+      return Smem::total_bytes(rows, units, kShape.cluster ? ranks : 1, blocks_per_warp);
     };
     const DecodePlan plan = plan_decode(launch.problem, kernel, launch.sms, launch.shared_memory, bytes_of);
     if (plan.ranks == 0) return kDoesNotFit;
-    const int bytes = bytes_of(plan.units_per_rank, plan.ranks);
+    const int bytes = bytes_of(plan.units_per_rank, plan.ranks, plan.blocks_per_warp);
     const auto function = decode_kernel<Math, 2, T, S, kGroupSize, kHasZeros, kShape.warps, kStages,
-                                        kShape.cluster, kBlocksPerSm>;
+                                        kShape.cluster, kBlocksPerSm, kShape.blocks_per_warp>;
     cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return describe("cudaFuncSetAttribute", error);
 
@@ -70,7 +70,7 @@ struct DecodeInstance {
       if (slots == 0) return kDoesNotFit;
     }
     const int clusters = std::min({args.n_blocks, slots, kMostClusters});
-    cut_work(args, plan.ranks, clusters, kShape.warps);
+    cut_work(args, plan.ranks, clusters, kShape.warps, plan.blocks_per_warp);
     const bool in_parts = !kShape.cluster && plan.ranks > 1;
     void* const y = args.y;
     const bool y_is_f32 = args.y_is_f32;

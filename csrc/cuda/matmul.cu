@@ -47,7 +47,7 @@ template <DecodeKernel kernel, int kGroupSize>
 int portable_bytes(int rows, int units) {
   constexpr DecodeShape kShape = shape_of(kernel);
   using Math = FloatMath<2, __half, float, kShape.tokens / kMmaColumns, kGroupSize, true>;
-  return DecodeSmem<Math, 2, kShape.warps, kShape.stages, true, 4>::total_bytes(rows, units, 1);
+  return DecodeSmem<Math, 2, kShape.warps, kShape.stages, true, 4>::total_bytes(rows, units, 1, 1);
 }
 
 template <DecodeKernel kernel>
@@ -63,7 +63,7 @@ int portable_bytes(const Problem& problem, int rows, int units) {
 int portable_parts(const Problem& problem) {
   const DecodeKernel kernel = choose_decode_kernel(problem, 1, /*portable=*/true);
   const int rows = static_cast<int>(std::min<int64_t>(problem.m, shape_of(kernel).tokens));
-  const auto bytes_of = [&](int units, int) {
+  const auto bytes_of = [&](int units, int, int) {
     return kernel == DecodeKernel::kFloat1Portable
                ? portable_bytes<DecodeKernel::kFloat1Portable>(problem, rows, units)
                : portable_bytes<DecodeKernel::kFloat2Portable>(problem, rows, units);

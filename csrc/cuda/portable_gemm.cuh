@@ -369,12 +369,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
         } else {
           dequantize_step<T, 1>(a[n][i], words[n][half][i]);
         }
-        constexpr uint32_t kOne = internal::encode_pair<T>(1, 0), kMinusZero = 0x80008000u;
+        constexpr uint32_t kMinusZero = 0x80008000u;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           uint32_t& pair = a[n][i][r];
           if constexpr (kOnWeights) pair = internal::fma2<T>(pair, splat[n][2 * i + r % 2], kMinusZero);
-          if constexpr (kHasZeros) pair = internal::fma2<T>(pair, kOne, shift[n][2 * i + r % 2]);
+          if constexpr (kHasZeros) pair = internal::add2<T>(pair, shift[n][2 * i + r % 2]);
         }
       }
     }
