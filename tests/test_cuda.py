@@ -149,7 +149,7 @@ def test_every_kernel_of_large_layers(group_size, scale_dtype, dtype):
 @pytest.mark.parametrize(("k", "copies"), [(512, 1500), (8192, 560), (8192, 960), (28544, 170)])
 @pytest.mark.parametrize("m", [3, 4])
 def test_many_blocks_for_each_thread_block(m, k, copies, dtype):
-    """More n-blocks for a thread block than it has warps: of one line for each warp two or three, some whole."""
+    """Lines of more n-blocks than a thread block has warps: a warp's piece lies in two or three of them."""
     p = MatmulProblem(m, k, 64, 128, dtype, dtype)
     y = product(p.x(), p.codes(), p.scales(), mode="cuda", group_size=128, copies=copies, out_dtype="float32")
     assert_close(*y)

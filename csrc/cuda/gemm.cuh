@@ -14,20 +14,21 @@
 //                    the next stage's words; wait for the second; scale and add them up
 //
 // Measured on an H200, and dropped. At 1024 tokens (8192 x 57344): fragments made half a block at a time (two words,
-// 7 % slower: the tensor cores ran dry); scales read from global memory
-// instead of the ring (a quarter slower); tiles of 192 or 256 tokens x 128 features, or of 192 x 192 (2 to 15 % slower
-// from 512 tokens on, though each word is converted half as often). From about 128 tokens on the card's power is what
-// binds: at 700 TFLOP/s its clock falls from 1.98 to 1.5 GHz. wgmma by itself, over operands that stay where they are, does
-// 840 TFLOP/s at 1.7 GHz, and 830 with the conversions (bench/cuda_tensor_power.cu); of 1024 tokens' time 6 to 7 % go into
-// copying x, 1 % into the words, 1 to 4 % into storing y. So pairs of thread blocks read x from the L2 cache once for both,
-// which takes 1 to 3 % off 4096 tokens, 2 to 3 % off 16384, and nothing off 1024. These clocks are read after
-// a kernel; in it, by clock64, 4096 tokens run at 1.30 to 1.34 GHz, and the tensor cores are at work for 96 % of the clocks: what is left to gain is energy. Weights whose
-// scales are powers of two take 5 to 7 % less time, as the tensor cores multiply by nothing but -1, 0, 1 and 2. But to keep
-// the rest of a scale for the sums, and to multiply these by the quotient of two groups' at the end of each (128
-// multiplications a thread and unit), costs 8 to 9 %, with the warpgroups by turns or not. At 32 tokens: words one by one as above, in stages of 64
-// of K (a quarter slower: a barrier and an empty pipeline for every 64); four warpgroups of 32 registers less (no
-// faster). What the arithmetic takes by itself is in bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the
-// registers that wgmma reads are the limit, whatever the order.
+// 7 % slower: the tensor cores ran dry); scales read from global memory instead of the ring (a quarter slower); tiles
+// of 192 or 256 tokens x 128 features, or of 192 x 192 (2 to 15 % slower from 512 tokens on, though each word is
+// converted half as often). From about 128 tokens on the card's power is what binds: at 700 TFLOP/s its clock falls
+// from 1.98 to 1.5 GHz. wgmma by itself, over operands that stay where they are, does 840 TFLOP/s at 1.7 GHz, and 830
+// with the conversions (bench/cuda_tensor_power.cu); of 1024 tokens' time 6 to 7 % go into copying x, 1 % into the
+// words, 1 to 4 % into storing y. So pairs of thread blocks read x from the L2 cache once for both, which takes 1 to
+// 3 % off 4096 tokens, 2 to 3 % off 16384, and nothing off 1024. These clocks are read after a kernel; in it, by
+// clock64, 4096 tokens run at 1.30 to 1.34 GHz, and the tensor cores are at work for 96 % of the clocks: what is left
+// to gain is energy. Weights whose scales are powers of two take 5 to 7 % less time, as the tensor cores multiply by
+// nothing but -1, 0, 1 and 2. But to keep the rest of a scale for the sums, and to multiply these by the quotient of
+// two groups' at the end of each (128 multiplications a thread and unit), costs 8 to 9 %, with the warpgroups by turns
+// or not. At 32 tokens: words one by one as above, in stages of 64 of K (a quarter slower: a barrier and an empty
+// pipeline for every 64); four warpgroups of 32 registers less (no faster). What the arithmetic takes by itself is in
+// bench/results/cuda_arithmetic_*.csv: the conversion's pipes and the registers that wgmma reads are the limit,
+// whatever the order.
 //
 // With 16, 32 and 64 tokens a unit takes 390, 480 and 745 clocks where the arithmetic alone takes 345, 413 and 577. It is
 // the instructions (228 and more of a warp, and dispatch waits while wgmma reads its registers), not the memory: nothing
